@@ -1,0 +1,83 @@
+"""Confusion counts and the scores made from them: IoU, mIoU, aAcc, mAcc.
+
+Counts are summed over the whole split before any division; the mean of per-image IoUs is another
+number. Not here: label rules, files.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from .readers import IGNORE
+
+Counts = npt.NDArray[np.int64]
+
+
+def count(label: Counts, prediction: Counts, classes: int) -> Counts:
+    """Count pixels by truth and prediction, ignored pixels (255) left out.
+
+    Args:
+        label: H x W int64, 0..C-1 or 255.
+        prediction: H x W int64, 0..C-1.
+        classes: number of classes C.
+
+    Returns:
+        C x C int64, rows truth, columns prediction.
+
+    Raises:
+        ValueError: two shapes, or an id outside the classes.
+    """
+    if label.shape != prediction.shape:
+        raise ValueError(f"label is {label.shape}, prediction {prediction.shape}")
+    kept = label != IGNORE
+    truth, guess = label[kept].astype(np.int64), prediction[kept].astype(np.int64)
+    for name, ids in (("label", truth), ("prediction", guess)):
+        if ids.size and (ids.min() < 0 or ids.max() >= classes):
+            raise ValueError(f"{name} ids {ids.min()}..{ids.max()} are outside 0..{classes - 1}")
+    return np.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of a split as fractions; None where nothing was there to divide by.
+
+    Attributes:
+        iou: per class, None for a class neither labelled nor predicted.
+        accuracy: per class, share of its labelled pixels found, None for an unlabelled class.
+        miou: mean of the IoUs that are not None.
+        aacc: share of all labelled pixels found.
+        macc: mean of the accuracies that are not None.
+    """
+
+    iou: tuple[float | None, ...]
+    accuracy: tuple[float | None, ...]
+    miou: float | None
+    aacc: float | None
+    macc: float | None
+
+
+def _ratios(top: Counts, bottom: Counts) -> tuple[float | None, ...]:
+    return tuple(int(t) / int(b) if b else None for t, b in zip(top, bottom, strict=True))
+
+
+def _mean(values: tuple[float | None, ...]) -> float | None:
+    there = [v for v in values if v is not None]
+    return math.fsum(there) / len(there) if there else None
+
+
+def score(confusion: Counts) -> Scores:
+    """Make the scores from counts C x C (rows truth, columns prediction) of a whole split."""
+    found = np.diagonal(confusion)
+    labelled, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    iou = _ratios(found, labelled + predicted - found)
+    accuracy = _ratios(found, labelled)
+    total = int(labelled.sum())
+    return Scores(
+        iou=iou,
+        accuracy=accuracy,
+        miou=_mean(iou),
+        aacc=int(found.sum()) / total if total else None,
+        macc=_mean(accuracy),
+    )

@@ -1,0 +1,56 @@
+"""Readers: one module per folder layout, each returning pictures and stored labels unresized.
+
+A new layout is one module with an `open_...` function and one line here. Not here: protocols,
+windows, models.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lazyclip.base.errors import UserError
+from lazyclip.base.registry import Registry
+
+from .labels import IGNORE, LABEL_RULES, Labels, to_ids
+from .voc import open_voc
+
+__all__ = ["IGNORE", "LABEL_RULES", "READERS", "Reader", "check_files", "to_ids"]
+
+
+class Reader(Protocol):
+    """What every layout offers."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the split, in the order of its list."""
+
+    def image_file(self, name: str) -> Path:
+        """Return the picture of an id."""
+
+    def label_file(self, name: str) -> Path:
+        """Return the label file of an id."""
+
+    def read(self, name: str) -> tuple[npt.NDArray[np.uint8], Labels]:
+        """Read image H x W x 3 uint8 and stored label ids H x W int64."""
+
+
+READERS: Registry[Callable[[Path, str, str], Reader]] = Registry("layout")
+READERS.add("voc")(open_voc)
+
+
+def check_files(reader: Reader, names: Sequence[str]) -> None:
+    """Check that every id has its picture and label before any work is done.
+
+    Raises:
+        UserError: how many are missing, and the first.
+    """
+    for what, place in (("picture", reader.image_file), ("label file", reader.label_file)):
+        missing = [place(name) for name in names if not place(name).is_file()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(names)} ids of the split have no {what}; the first expected "
+                f"is {missing[0]}; complete the data set, or name another list with --split"
+            )

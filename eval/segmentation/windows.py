@@ -1,0 +1,144 @@
+"""Resize, normalise, cut into windows, stitch window maps: pure functions on one image.
+
+The procedure is that of wangf3014/SCLIP (on mmcv and mmsegmentation), without either. Not here: the
+tower between cutting and stitching (`engine`), and the decision (`decide`).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Box(NamedTuple):
+    """A window in pixels, half open."""
+
+    y0: int
+    y1: int
+    x0: int
+    x1: int
+
+
+def target_size(height: int, width: int, short: int, cap: int) -> tuple[int, int]:
+    """Return height and width after resizing, aspect kept.
+
+    The short side becomes `short`, unless the long one would exceed `cap`; both sides are rounded
+    half up (mmcv `rescale_size`).
+
+    Args:
+        height: pixels.
+        width: pixels.
+        short: target short side.
+        cap: largest long side.
+    """
+    factor = min(cap / max(height, width), short / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps ... x h x w to `size` bilinearly: half-pixel centres, no antialias."""
+    lead = maps.shape[:-2]
+    flat = maps.reshape(1, -1, *maps.shape[-2:])
+    out = F.interpolate(flat, size=size, mode="bilinear", align_corners=False, antialias=False)
+    return out.reshape(*lead, *size)
+
+
+def resize_image(image: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Resize a picture as `cv2.resize` with INTER_LINEAR does, to within one grey level.
+
+    Args:
+        image: H x W x 3 uint8.
+        size: new height and width.
+
+    Returns:
+        uint8 of the new size; the rounding to whole grey levels is part of the protocol.
+    """
+    if image.shape[:2] == size:
+        return image
+    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    resized = upsample(planes, size).round().clamp(0, 255).to(torch.uint8)
+    return resized.permute(1, 2, 0).contiguous().numpy()
+
+
+def normalise(
+    image: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Return (image - mean) / std, 3 x H x W float32; mean and std in grey levels 0..255."""
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    centre = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
+    spread = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+    return (planes - centre) / spread
+
+
+def _starts(side: int, window: int, stride: int) -> list[tuple[int, int]]:
+    count = max(side - window + stride - 1, 0) // stride + 1
+    ends = [min(i * stride + window, side) for i in range(count)]
+    return [(max(end - window, 0), end) for end in ends]
+
+
+def window_boxes(height: int, width: int, window: int, stride: int) -> list[Box]:
+    """List the windows over an image, row by row.
+
+    The last window of a row or column is moved back to end at the border. All windows of an image
+    have one size; a side shorter than the window gives one window of that side.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        window: side in pixels; 0 for one window over the whole image.
+        stride: step in pixels.
+    """
+    if window == 0:
+        return [Box(0, height, 0, width)]
+    rows = _starts(height, window, stride)
+    columns = _starts(width, window, stride)
+    return [Box(y0, y1, x0, x1) for y0, y1 in rows for x0, x1 in columns]
+
+
+def cut_windows(image: Tensor, boxes: Sequence[Box]) -> Tensor:
+    """Cut the windows out of an image 3 x H x W; returns n x 3 x h x w."""
+    return torch.stack([image[:, b.y0 : b.y1, b.x0 : b.x1] for b in boxes])
+
+
+def drop_remainder(windows: Tensor, patch: int) -> Tensor:
+    """Cut windows n x 3 x h x w at the right and bottom to whole patches (SCLIP, NACLIP).
+
+    Raises:
+        ValueError: a side holds no whole patch.
+    """
+    height, width = windows.shape[-2] // patch * patch, windows.shape[-1] // patch * patch
+    if height == 0 or width == 0:
+        raise ValueError(
+            f"a window of {windows.shape[-1]}x{windows.shape[-2]} pixels holds no patch of {patch}"
+        )
+    return windows[..., :height, :width]
+
+
+def stitch(maps: Iterable[Tensor], boxes: Sequence[Box], size: tuple[int, int]) -> Tensor:
+    """Average window maps into one canvas.
+
+    Args:
+        maps: one Q x h x w map per window, in the order of the boxes; each is resized to its window.
+        boxes: the windows; together they cover the canvas.
+        size: height and width of the canvas.
+
+    Returns:
+        Q x H x W float32: at each pixel the mean over the windows that hold it. Averaged are the
+        maps as given (cosines), before any softmax.
+    """
+    canvas: Tensor | None = None
+    count = torch.zeros(size)
+    for window, box in zip(maps, boxes, strict=True):
+        if canvas is None:
+            canvas = torch.zeros(window.shape[0], *size, device=window.device)
+            count = count.to(window.device)
+        area = (..., slice(box.y0, box.y1), slice(box.x0, box.x1))
+        canvas[area] += upsample(window.float(), (box.y1 - box.y0, box.x1 - box.x0))
+        count[area] += 1
+    if canvas is None or bool((count == 0).any()):
+        raise ValueError(f"{len(boxes)} windows do not cover a canvas of {size}")
+    return canvas / count

@@ -1,0 +1,406 @@
+"""LaSt names in open_clip's factory, and `load` and `build` for our own commands.
+
+`register` runs when lazyclip is imported: configs, tags, and two hooks (see `bridge.install`).
+Not here: the formats of weight files (`weights`), how a tower pools (`tower`).
+"""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import nn
+
+from lazyclip import bridge, tower, weights
+from lazyclip.base.config import read_json
+from lazyclip.base.errors import UserError, unknown
+from lazyclip.base.resources import config_names, config_root
+from lazyclip.pooling import PoolSpec
+
+log = logging.getLogger(__name__)
+LOCAL = "local-dir:"
+HUB = "hf-hub:"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What a result says of the model that made it.
+
+    Fields: activation `gelu` or `quickgelu`; image_size and grid (h, w); width D; embed_dim E;
+    weights_sha256 None for random weights.
+    """
+
+    name: str
+    pretrained: str | None
+    pooling: Mapping[str, object]
+    activation: str
+    image_size: tuple[int, int]
+    patch_size: int
+    grid: tuple[int, int]
+    width: int
+    embed_dim: int
+    context_length: int
+    parameters: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights_sha256: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A model with its transforms (PIL image -> 3 x H x W) and tokenizer (texts -> B x context)."""
+
+    model: nn.Module
+    preprocess_train: Callable[..., torch.Tensor]
+    preprocess_val: Callable[..., torch.Tensor]
+    tokenizer: Callable[..., torch.Tensor]
+    info: ModelInfo
+
+
+def register() -> list[str]:
+    """Make open_clip know the LaSt names; a second call changes nothing.
+
+    Returns:
+        The registered model names.
+
+    Raises:
+        ImportError: an open_clip that does not fit, or a name that open_clip already uses.
+    """
+    bridge.install(tower.attach_mapping, _make_create)
+    names = config_names("models", ".json")
+    ours = {name: read_json(config_root() / "models" / f"{name}.json") for name in names}
+    for name, config in ours.items():
+        if open_clip.get_model_config(name) not in (None, config):
+            raise ImportError(f"open_clip already has another model named {name}")
+    open_clip.add_model_config(config_root() / "models")
+    # add_model_config passes over what it does not like in silence.
+    lost = sorted(set(names) - set(open_clip.list_models()))
+    if lost:
+        raise ImportError(f"open_clip did not take the configs {', '.join(lost)}")
+    for name in names:
+        if weights.is_last_name(name):
+            bridge.add_tags(name, weights.last_tags(name))
+    return names
+
+
+def _make_create(plain: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Return open_clip's `create_model` with the passport checked for models of ours."""
+    signature = inspect.signature(plain)
+
+    def create_model(*args: Any, **kwargs: Any) -> nn.Module:
+        bound = signature.bind(*args, **kwargs)
+        given = dict(bound.arguments)
+        extra = given.pop("model_kwargs", {})
+        name = given["model_name"]
+        if name.startswith(LOCAL):
+            folder = Path(name.removeprefix(LOCAL))
+            file = folder / weights.CONFIG_FILE
+            ours = file.is_file() and "last" in read_json(file).get("model_cfg", {}).get(
+                "vision_cfg", {}
+            )
+            return _create_saved(plain, folder, given, extra) if ours else plain(*args, **kwargs)
+        name = name.replace("/", "-")
+        if not weights.is_last_name(name):
+            return plain(*args, **kwargs)
+        if "vision_cfg" in extra and "last" not in (extra["vision_cfg"] or {}):
+            raise UserError(f"vision_cfg given for {name} has no 'last': the pooling would be lost")
+        if extra.get("force_naflex_vision"):
+            raise UserError(f"force_naflex_vision would bypass the pooling of {name}; leave it out")
+        if given.get("jit"):
+            raise UserError(f"jit=True is not offered for {name}; use torch.compile")
+        return _create_named(plain, name, {**given, "model_name": name}, extra)
+
+    return create_model
+
+
+def _pick_activation(name: str, recorded: str | None, forced: bool, source: str) -> bool:
+    """Return whether QuickGELU is to be used; a contradiction is an error.
+
+    Args:
+        name: model name; the `-quickgelu` ones ask for QuickGELU.
+        recorded: activation of the tag's entry or the saved record, None where none is known.
+        forced: the caller's `force_quick_gelu`.
+        source: of the record, for the message.
+    """
+    config = open_clip.get_model_config(name) or {}
+    asked = forced or bool(config.get("quick_gelu"))
+    if recorded == "gelu" and asked:
+        raise UserError(
+            f"{source} was trained with GELU, and QuickGELU is asked for; "
+            f"use {name.removesuffix('-quickgelu')} without --force-quick-gelu"
+        )
+    return asked or recorded == "quickgelu"
+
+
+def _create_named(
+    plain: Callable[..., nn.Module], name: str, given: dict[str, Any], extra: dict[str, Any]
+) -> nn.Module:
+    pretrained = given.pop("pretrained", None)
+    forced = bool(given.pop("force_quick_gelu", False))
+    wanted = bool(given.pop("load_weights", True))
+    required = given.pop("require_pretrained", False)
+    if not pretrained:
+        if required:
+            raise UserError(f"{name} needs weights: pass pretrained=TAG or a file")
+        quick = _pick_activation(name, None, forced, "")
+        return plain(**given, force_quick_gelu=quick, **extra)
+    pretrained = str(pretrained)
+    tag = weights.clean_tag(pretrained)
+    if open_clip.is_pretrained_cfg(name, tag):
+        source = f"the tag '{tag}'"
+        quick = _pick_activation(name, weights.tag_activation(name, tag), forced, source)
+        if wanted:
+            weights.fetch_tag(name, tag, given.get("cache_dir"))
+        return plain(**given, pretrained=tag, load_weights=wanted, force_quick_gelu=quick, **extra)
+    if not Path(pretrained).exists():
+        raise weights.unknown_weights(name, pretrained)
+    found = weights.read_weights(Path(pretrained))
+    if found.passport.activation is None:
+        log.warning(
+            "%s records neither activation nor pooling: running it with %s and the pooling of %s",
+            found.path, "QuickGELU" if forced else "the name's activation", name,
+        )  # fmt: skip
+    quick = _pick_activation(name, found.passport.activation, forced, f"{found.path}")
+    return _create_and_fill(plain, name, found if wanted else None, given, quick, extra)
+
+
+@contextlib.contextmanager
+def _expecting_no_weights() -> Iterator[None]:
+    """Drop open_clip's warning of a random model where that is asked for, or filled right after."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("No pretrained weights loaded")
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
+
+
+def _create_and_fill(
+    plain: Callable[..., nn.Module],
+    name: str,
+    found: weights.WeightFile | None,
+    given: dict[str, Any],
+    quick: bool,
+    extra: dict[str, Any],
+) -> nn.Module:
+    """Build without weights, take the record's pooling and preprocessing, load strictly."""
+    passport = found.passport if found else weights.Passport()
+    if passport.preprocess:
+        keep = ("mean", "std", "interpolation", "resize_mode")
+        recorded = {k: v for k, v in passport.preprocess.items() if k in keep}
+        given["force_preprocess_cfg"] = {**recorded, **(given.get("force_preprocess_cfg") or {})}
+    with _expecting_no_weights():
+        model = plain(**given, force_quick_gelu=quick, **extra)
+    if found is None:
+        return model
+    if passport.last is not None and weights.is_last_name(name) and "vision_cfg" not in extra:
+        spec = PoolSpec.from_mapping(passport.last, str(found.path))
+        tower.attach_spec(model, spec)
+    weights.load_state(model, found, name)
+    return model
+
+
+def _create_saved(
+    plain: Callable[..., nn.Module], folder: Path, given: dict[str, Any], extra: dict[str, Any]
+) -> nn.Module:
+    """Build a model of ours from its saved folder; missing weights are an error, not a warning."""
+    found = weights.read_weights(folder)
+    forced = bool(given.pop("force_quick_gelu", False))
+    if forced and found.passport.activation == "gelu":
+        raise UserError(f"{folder} was trained with GELU, and QuickGELU is asked for")
+    wanted = bool(given.pop("load_weights", True))
+    config = found.passport.model_cfg or {}
+    size = config.get("vision_cfg", {}).get("image_size")
+    if "timm_model_name" in config.get("vision_cfg", {}) and not given.get("force_image_size"):
+        # open_clip does not hand image_size to timm, and would resize only after loading.
+        given["force_image_size"] = size
+    given.pop("pretrained", None)
+    given.pop("require_pretrained", None)
+    with _expecting_no_weights():
+        model = plain(**given, load_weights=False, force_quick_gelu=forced, **extra)
+    if wanted:
+        weights.load_state(model, found, str(folder))
+    return model
+
+
+def _known_name(name: str) -> str:
+    """Return the name open_clip is to be asked for; unknown ones raise, nearest first."""
+    if name.startswith((LOCAL, HUB)):
+        return name
+    if Path(name).is_dir() and ((Path(name) / weights.CONFIG_FILE).is_file()):
+        return f"{LOCAL}{name}"
+    cleaned = name.replace("/", "-")
+    if cleaned not in open_clip.list_models():
+        raise unknown("model", name, open_clip.list_models(), "pass --model NAME or a saved folder")
+    return cleaned
+
+
+def build(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    device: str = "cpu",
+    image_size: int | None = None,
+    last: Mapping[str, object] | None = None,
+    random_weights_seed: int | None = None,
+    force_quick_gelu: bool = False,
+) -> Built:
+    """Build a model by name with its transforms and tokenizer.
+
+    Args:
+        name: a name of open_clip or of ours, or a saved model's folder.
+        pretrained: a tag, a weight file, or a saved model's folder; None: random weights.
+        device: where the model goes.
+        image_size: another input size in pixels; positions are interpolated.
+        last: single keys of the pooling that override the name's or the record's.
+        random_weights_seed: seed of the random weights (default 0); no global state is touched.
+        force_quick_gelu: ask for QuickGELU where neither tag nor record says it.
+
+    Raises:
+        UserError: unknown name or tag, a file that does not fit, K > N, contradicting activations.
+    """
+    asked = _known_name(name)
+    if asked.startswith(LOCAL) and pretrained:
+        raise UserError(f"{name} is a saved model with weights; leave --pretrained out")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_weights_seed or 0)
+        # Random weights are drawn before an own file is loaded: the file decides in the end.
+        model, loaded = _create(asked, pretrained, image_size, force_quick_gelu)
+    if last:
+        current = tower.pooling_of(model).to_dict()
+        tower.attach_spec(model, PoolSpec.from_mapping({**current, **last}, "--last-*"))
+    model = model.to(device).eval()
+    config = open_clip.transform.PreprocessCfg(**bridge.preprocess_of(model))
+    return Built(
+        model=model,
+        preprocess_train=open_clip.transform.image_transform_v2(config, is_train=True),
+        preprocess_val=open_clip.transform.image_transform_v2(config, is_train=False),
+        tokenizer=open_clip.get_tokenizer(asked),
+        info=_describe(model, name, pretrained, loaded),
+    )
+
+
+def _create(
+    asked: str, pretrained: str | None, image_size: int | None, force_quick_gelu: bool
+) -> tuple[nn.Module, Path | None]:
+    """Create a model through open_clip; returns it with the weight file it holds, if any."""
+    kwargs: dict[str, Any] = {
+        "force_image_size": image_size,
+        "force_quick_gelu": force_quick_gelu,
+        "output_dict": True,
+    }
+    if asked.startswith(LOCAL):
+        model = open_clip.create_model(asked, **kwargs)
+        return model, weights.find_weight_file(Path(asked.removeprefix(LOCAL)))
+    if not pretrained:
+        with _expecting_no_weights():
+            return open_clip.create_model(asked, **kwargs), None
+    tag = weights.clean_tag(pretrained)
+    if open_clip.is_pretrained_cfg(asked, tag):
+        quick = weights.tag_activation(asked, tag) == "quickgelu"
+        if not weights.is_last_name(asked):
+            # The passport holds for the plain names too in our own commands.
+            kwargs["force_quick_gelu"] = _pick_activation(
+                asked, "quickgelu" if quick else "gelu", force_quick_gelu, f"the tag '{tag}'"
+            )
+        file = weights.fetch_tag(asked, tag)
+        return open_clip.create_model(asked, pretrained=tag, **kwargs), file
+    if weights.is_last_name(asked):
+        model = open_clip.create_model(asked, pretrained=pretrained, **kwargs)
+        return model, weights.find_weight_file(Path(pretrained))
+    if not Path(pretrained).exists():
+        raise weights.unknown_weights(asked, pretrained)
+    found = weights.read_weights(Path(pretrained))
+    quick = _pick_activation(asked, found.passport.activation, force_quick_gelu, str(found.path))
+    kwargs.pop("force_quick_gelu")
+    model = _create_and_fill(
+        open_clip.create_model, asked, found, {"model_name": asked, **kwargs}, quick, {}
+    )
+    if found.passport.last is None:
+        log.warning("%s records neither activation nor pooling", found.path)
+    elif found.passport.last.get("pooling") != "token":
+        log.warning(
+            "%s was trained with pooling '%s' and runs in the plain %s, which pools by its CLS token",
+            found.path, found.passport.last.get("pooling"), asked,
+        )  # fmt: skip
+    return model, found.path
+
+
+def _describe(
+    model: nn.Module, name: str, pretrained: str | None, loaded: Path | None
+) -> ModelInfo:
+    trunk = bridge.trunk_of(model)
+    size, patch, grid = bridge.geometry(trunk)
+    preprocess = bridge.preprocess_of(model)
+    with torch.no_grad():
+        probe = torch.zeros(1, bridge.width_of(trunk), device=next(model.parameters()).device)
+        embed_dim = tower.project(model, probe).shape[-1]
+    return ModelInfo(
+        name=name,
+        pretrained=pretrained,
+        pooling=tower.pooling_of(model).to_dict(),
+        activation=bridge.activation_of(model),
+        image_size=size,
+        patch_size=patch[0],
+        grid=grid,
+        width=bridge.width_of(trunk),
+        embed_dim=embed_dim,
+        context_length=bridge.context_length_of(model),
+        parameters=sum(p.numel() for p in model.parameters()),
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+        weights_sha256=weights.file_sha256(loaded) if loaded else None,
+    )
+
+
+def load(
+    name: str, pretrained: str | None = None
+) -> tuple[nn.Module, Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """Load a model for use: in eval mode, with its preprocessing and tokenizer.
+
+    Args:
+        name: a model name, or a saved model's folder.
+        pretrained: a tag, a weight file or a saved model's folder; None: random weights.
+
+    Returns:
+        model, preprocess (PIL image -> 3 x H x W), tokenizer (texts -> B x context).
+    """
+    built = build(name, pretrained)
+    return built.model, built.preprocess_val, built.tokenizer
+
+
+def model_config(info: ModelInfo) -> dict[str, Any]:
+    """Return the config that rebuilds a model: open_clip's form plus `vision_cfg.last`."""
+    asked = _known_name(info.name)
+    config = copy.deepcopy(open_clip.get_model_config(asked))
+    if config is None:
+        raise UserError(f"no config is known for {info.name}")
+    vision = config["vision_cfg"]
+    plain_name = "last" not in vision and info.pooling["pooling"] == "token"
+    if not plain_name:
+        vision["last"] = dict(info.pooling)
+    if tuple(info.image_size) != _square(vision.get("image_size", 224)):
+        h, w = info.image_size
+        vision["image_size"] = h if h == w else [h, w]
+    config["quick_gelu"] = info.activation == "quickgelu"
+    if not config["quick_gelu"]:
+        config.pop("quick_gelu")
+    return config
+
+
+def _square(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
