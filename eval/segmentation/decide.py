@@ -1,6 +1,7 @@
 """From cosine maps to a label map: scale, softmax, synonym maximum, area and background rule.
 
-The order of steps is that of wangf3014/SCLIP `clip_segmentor.py`. Not here: where the maps come from.
+The order of steps is that of wangf3014/SCLIP `clip_segmentor.py`. Not here: where the maps come
+from.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,10 @@ def merge_queries(maps: Tensor, query_class: Sequence[int], classes: int) -> Ten
             f"{maps.shape[0]} maps, {len(query_class)} queries for {len(set(query_class))} of "
             f"{classes} classes; each map needs a class and each class a query"
         )
-    index = torch.tensor(query_class, device=maps.device)
-    merged = torch.full((classes, *maps.shape[1:]), -torch.inf, dtype=maps.dtype, device=maps.device)
-    return merged.index_reduce_(0, index, maps, "amax")
+    owner = torch.tensor(query_class, device=maps.device)
+    merged = maps.new_full((classes, *maps.shape[1:]), -torch.inf)
+    # Not by a one-hot product: that would make C x Q x H x W numbers.
+    return merged.scatter_reduce_(0, owner.view(-1, 1, 1).expand_as(maps), maps, "amax")
 
 
 def class_scores(

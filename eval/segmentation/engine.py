@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lazyclip.base.errors import UserError
 from lazyclip.dense import encode_dense
 
 from .decide import decide
@@ -88,10 +89,15 @@ def segment(
         H x W int64, ids 0..C-1, of the picture's own size.
 
     Raises:
-        ValueError: the picture is so narrow that a window holds no whole patch.
+        UserError: the picture is so narrow that a window holds no whole patch, or no pixel.
     """
     original = (image.shape[0], image.shape[1])
     size = target_size(*original, protocol.short, protocol.cap)
+    if min(size) == 0:
+        raise UserError(
+            f"{original[1]}x{original[0]} pixels shrink to {size[1]}x{size[0]} at a long side of "
+            f"{protocol.cap}; the picture is too narrow, leave it out of the split's list"
+        )
     pixels = normalise(resize_image(image, size), protocol.mean, protocol.std)
     boxes = window_boxes(*size, protocol.window, protocol.stride)
     windows = cut_windows(pixels, boxes)

@@ -3,11 +3,13 @@
 A file describes one benchmark (where pictures and labels lie, how labels are encoded, the class
 file) and lists protocols for it (prompts, sizes, windows, decision). Two scores can be compared
 when their protocol hashes are equal: everything that changes the task is in the hash, and the
-method, the weights, the precision and the batch size are not. Not here: reading of data (`readers`).
+method, the weights, the precision and the batch size are not. Not here: reading of data
+(`readers`).
 """
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -123,19 +125,33 @@ class Task:
     classes: ClassList
     templates: list[Callable[[str], str]]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the classes; class 0 is called background where it is one.
 
-def _number(value: object, key: str, where: str, low: float, whole: bool) -> float:
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= low:
+        Its queries may be words such as sky and wall, so that its first query is no name.
+        """
+        first = ("background",) if self.benchmark.background else self.classes.names[:1]
+        return (*first, *self.classes.names[1:])
+
+
+def _number(
+    value: object, key: str, where: str, low: float, high: float = math.inf, *, whole: bool = False
+) -> float:
+    number = math.nan
+    if isinstance(value, int if whole else int | float) and not isinstance(value, bool):
+        number = value
+    if not low <= number <= high or math.isinf(number):
         kind = "whole number" if whole else "number"
-        raise UserError(f"{where}: {key} is {value!r}; give a {kind} from {low:g} on")
-    return int(value) if whole else float(value)
+        limits = f"from {low:g} on" if math.isinf(high) else f"within {low:g}..{high:g}"
+        raise UserError(f"{where}: {key} is {value!r}; give a {kind} {limits}")
+    return int(number) if whole else float(number)
 
 
 def _triple(value: object, key: str, where: str) -> tuple[float, float, float]:
     if not isinstance(value, list) or len(value) != 3:
         raise UserError(f"{where}: {key} is {value!r}; give three numbers, red green blue")
-    red, green, blue = (_number(v, key, where, 0.0, whole=False) for v in value)
+    red, green, blue = (_number(v, key, where, 0.0) for v in value)
     return red, green, blue
 
 
@@ -160,7 +176,8 @@ def _data_file(value: object, kind: str, suffix: str, yaml: Path) -> Path:
 
 def _read_benchmark(values: dict[str, Any], yaml: Path, split: str | None) -> Benchmark:
     where = str(yaml)
-    for key in ("classes", "images", "split"):
+    needed = [f.name for f in dataclasses.fields(Benchmark) if f.default is dataclasses.MISSING]
+    for key in needed:
         if key not in values:
             raise UserError(f"{where}: key '{key}' is missing")
     values["classes"] = _data_file(values["classes"], "classes", ".txt", yaml)
@@ -190,12 +207,14 @@ def _check(protocol: Protocol, where: str) -> None:
             f"{where}: stride {protocol.stride} leaves gaps between windows of {protocol.window}; "
             f"use 1..{protocol.window}"
         )
+    if protocol.logit_scale == 0:
+        raise UserError(f"{where}: logit_scale is 0, which makes all classes equal; such as 40")
     if min(protocol.std) <= 0:
         raise UserError(f"{where}: std is {protocol.std}; all three must be above 0")
     if (protocol.threshold or protocol.area) and not protocol.background:
         raise UserError(
-            f"{where}: threshold {protocol.threshold:g} and area {protocol.area:g} need a background "
-            f"class, and {protocol.dataset} has none (class 0 is a real class); set both to 0"
+            f"{where}: threshold {protocol.threshold:g} and area {protocol.area:g}: {protocol.dataset} "
+            "has no background class that they could assign (class 0 is a real one); set both to 0"
         )
 
 
@@ -211,9 +230,9 @@ def _make_protocol(
     for key, low in (("short", 1), ("cap", 1), ("window", 0), ("stride", 0)):
         if key in checked:
             checked[key] = int(_number(checked[key], key, where, low, whole=True))
-    for key in ("logit_scale", "threshold", "area"):
+    for key, most in (("logit_scale", math.inf), ("threshold", 1.0), ("area", 1.0)):
         if key in checked:
-            checked[key] = _number(checked[key], key, where, 0.0, whole=False)
+            checked[key] = _number(checked[key], key, where, 0.0, most)
     for key in ("mean", "std"):
         if key in checked:
             checked[key] = _triple(checked[key], key, where)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lazyclip.base.errors import UserError
+
 
 class Box(NamedTuple):
     """A window in pixels, half open."""
@@ -64,9 +66,7 @@ def resize_image(image: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDA
     return resized.permute(1, 2, 0).contiguous().numpy()
 
 
-def normalise(
-    image: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def normalise(image: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (image - mean) / std, 3 x H x W float32; mean and std in grey levels 0..255."""
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     centre = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
@@ -108,12 +108,13 @@ def drop_remainder(windows: Tensor, patch: int) -> Tensor:
     """Cut windows n x 3 x h x w at the right and bottom to whole patches (SCLIP, NACLIP).
 
     Raises:
-        ValueError: a side holds no whole patch.
+        UserError: a side holds no whole patch.
     """
     height, width = windows.shape[-2] // patch * patch, windows.shape[-1] // patch * patch
     if height == 0 or width == 0:
-        raise ValueError(
-            f"a window of {windows.shape[-1]}x{windows.shape[-2]} pixels holds no patch of {patch}"
+        raise UserError(
+            f"a window of {windows.shape[-1]}x{windows.shape[-2]} pixels holds no patch of "
+            f"{patch}; the picture is too narrow for this model, leave it out of the split's list"
         )
     return windows[..., :height, :width]
 
@@ -122,7 +123,7 @@ def stitch(maps: Iterable[Tensor], boxes: Sequence[Box], size: tuple[int, int]) 
     """Average window maps into one canvas.
 
     Args:
-        maps: one Q x h x w map per window, in the order of the boxes; each is resized to its window.
+        maps: one Q x h x w map per window, in the order of the boxes, resized here to its window.
         boxes: the windows; together they cover the canvas.
         size: height and width of the canvas.
 

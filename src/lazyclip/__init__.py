@@ -7,6 +7,7 @@ from lazyclip.dense import encode_dense
 from lazyclip.factory import load, register
 from lazyclip.lowpass import low_pass
 from lazyclip.pooling import PoolSpec, last_pool, pool, stability_score, vote_count
+from lazyclip.scores import patch_score
 from lazyclip.tower import attach, detach, encode_tokens, project
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "last_pool",
     "load",
     "low_pass",
+    "patch_score",
     "pool",
     "project",
     "register",

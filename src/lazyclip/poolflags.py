@@ -90,5 +90,7 @@ def pool_overrides(given: Mapping[str, str | None]) -> dict[str, object]:
         try:
             PoolSpec.from_mapping({row.field: found[row.field]}, row.flag)
         except UserError as error:
-            raise UserError(f"{row.flag} {text}: {str(error).removeprefix(row.flag + ': ')}") from None
+            raise UserError(
+                f"{row.flag} {text}: {str(error).removeprefix(row.flag + ': ')}"
+            ) from None
     return found

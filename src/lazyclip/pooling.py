@@ -22,6 +22,8 @@ from lazyclip.lowpass import KERNELS, Kernel, low_pass, resolve_sigma
 
 Score = Literal["paper", "repo", "abs", "negdist", "value"]
 SCORES: tuple[Score, ...] = get_args(Score)
+# Values of one chunk of scores for each CPU thread: 1 MiB in float32, about one core's cache.
+_CACHE_VALUES = 1 << 18
 
 
 def resolve_k(k: int | float, n: int) -> int:
@@ -84,19 +86,26 @@ def stability_score(
     if score == "value":
         return wide
     smooth = low_pass(wide, sigma, kernel)
-    distance = (smooth - wide).abs()
+    # In place on a fresh tensor: each temporary of the size of x costs as much as the arithmetic.
+    distance = (smooth - wide).abs_()
     if score == "negdist":
         return -distance
     numerator = {"paper": smooth, "repo": wide, "abs": smooth.abs()}[score]
-    ratio = numerator / (distance + eps)
+    ratio = numerator / distance.add_(eps)
     return ratio if eps > 0 else torch.where(numerator == 0, numerator, ratio)
+
+
+def _eager_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _refuse_nan(x: Tensor) -> None:
     # With a gradient, on CUDA or compiled, NaN flows on instead: the training loop's rule for
     # non-finite steps must see it on every rank alike.
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_cpu and not (x.requires_grad and torch.is_grad_enabled()) and bool(x.isnan().any()):
+    if not _eager_cpu(x) or (x.requires_grad and torch.is_grad_enabled()):
+        return
+    # The sum is NaN whenever an entry is, and costs a sixth of asking every entry.
+    if bool(x.sum().isnan()) and bool(x.isnan().any()):
         count = int(x.isnan().any(dim=-1).sum())
         raise ValueError(f"{count} of {x.shape[0] * x.shape[1]} patch tokens hold NaN")
 
@@ -105,18 +114,44 @@ def _chosen(score: Tensor, k: int) -> Tensor:
     """Mark the K largest scores of each channel over the patches, ties to the lowest patch index.
 
     `torch.topk` promises no order among ties, so only its K-th value is used.
-    Takes and returns B x N x D (bool); the patches are put last in memory while selecting.
+    Takes and returns B x N x D (bool); the patches are put last in memory to find that value.
     """
-    by_channel = score.transpose(1, 2).contiguous()  # B x D x N
-    threshold = by_channel.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    reached = by_channel >= threshold
-    eager_cpu = score.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_cpu and bool((reached.sum(dim=-1) == k).all()):
-        return reached.transpose(1, 2)
-    above = by_channel > threshold
+    if k == 1:
+        threshold = score.amax(dim=1, keepdim=True)  # B x 1 x D
+    else:
+        by_channel = score.transpose(1, 2).contiguous()  # B x D x N
+        threshold = by_channel.topk(k, dim=-1, sorted=False).values.amin(dim=-1).unsqueeze(1)
+    reached = score >= threshold
+    if _eager_cpu(score) and bool((reached.sum(dim=1, dtype=torch.int32) == k).all()):
+        return reached
+    above = score > threshold
     tied = reached & ~above
-    room = k - above.sum(dim=-1, keepdim=True)
-    return (above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= room))).transpose(1, 2)
+    room = k - above.sum(dim=1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= room))
+
+
+@torch.no_grad()
+def _choose(
+    x: Tensor, k: int, score: Score, sigma: float | None, kernel: Kernel, eps: float
+) -> Tensor:
+    """Mark the K patches that each channel keeps, B x N x D bool.
+
+    On the CPU a few images at a time, so that the half dozen passes over the scores stay in cache:
+    the choice of one image does not depend on another's.
+    """
+    B, N, D = x.shape
+    step = B
+    if _eager_cpu(x):
+        step = max(1, _CACHE_VALUES * torch.get_num_threads() // (N * D))
+    if step >= B:
+        scores = stability_score(x, score=score, sigma=sigma, kernel=kernel, eps=eps)
+        return _chosen(scores, k)
+    mask = torch.empty(B, N, D, dtype=torch.bool)
+    for start in range(0, B, step):
+        part = x[start : start + step]
+        scores = stability_score(part, score=score, sigma=sigma, kernel=kernel, eps=eps)
+        mask[start : start + step] = _chosen(scores, k)
+    return mask
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -156,9 +191,7 @@ def last_pool(
     _check_tokens(x)
     count = resolve_k(k, x.shape[1])
     _refuse_nan(x)
-    with torch.no_grad():
-        scores = stability_score(x, score=score, sigma=sigma, kernel=kernel, eps=eps)
-        mask = _chosen(scores, count)
+    mask = _choose(x, count, score, sigma, kernel, eps)
     if count == x.shape[1]:
         return _mean(x)
     wide = x if x.dtype == torch.float64 else x.float()
@@ -186,8 +219,8 @@ def vote_count(
     _check_tokens(x)
     count = resolve_k(k, x.shape[1])
     _refuse_nan(x.detach())
-    scores = stability_score(x, score=score, sigma=sigma, kernel=kernel, eps=eps)
-    return _chosen(scores, count).sum(dim=-1, dtype=torch.int64)
+    mask = _choose(x.detach(), count, score, sigma, kernel, eps)
+    return mask.sum(dim=-1, dtype=torch.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +251,8 @@ class PoolSpec:
             resolve_sigma(self.sigma, 1)
         except ValueError as error:
             raise UserError(str(error)) from None
-        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not self.eps >= 0:
+        number = isinstance(self.eps, int | float) and not isinstance(self.eps, bool)
+        if not (number and 0 <= self.eps < math.inf):
             raise UserError(f"eps is {self.eps!r}; use a number from 0 on")
 
     @classmethod
@@ -309,5 +343,7 @@ def pool(
     """
     spec = PoolSpec(pooling, score, k, sigma, kernel, eps)
     if isinstance(tokens, np.ndarray):
-        return pool_tokens(torch.from_numpy(tokens), None, spec).numpy()
+        # A copy only where torch cannot share the memory: read-only arrays, reversed views.
+        shared = np.require(tokens, requirements=["C", "W"])
+        return pool_tokens(torch.from_numpy(shared), None, spec).numpy()
     return pool_tokens(tokens, None, spec)

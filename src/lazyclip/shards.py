@@ -5,6 +5,8 @@ Interface, needs no torch:
     iterate_samples(path) -> Iterator[Sample]              Sample(key, parts, shard, ordinal)
     Sample.parts: suffix without its dot, lower case ("jpg", "txt", "json", "seg.png") -> bytes
     read_json_part(sample) -> dict                         the sample's json; ShardError names it
+    class_index_of(sample) -> int | None                   json `class_index`, or a `cls` member
+    image_part(sample) -> bytes | None                     its picture, undecoded
 A damaged or truncated tar raises `ShardError` (a `UserError`) after the samples before the damage.
 Not here: decoding, shuffling, the split over workers, the rule for bad samples (training), and
 which suffixes are wanted.
@@ -29,6 +31,7 @@ ENDINGS = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512  # tar's unit; an archive ends with blocks of zeros
 _GZIP_MAGIC = b"\x1f\x8b"
+_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 class ShardError(UserError):
@@ -155,7 +158,7 @@ def iterate_samples(path: Path) -> Iterator[Sample]:
 
     Raises:
         ShardError: missing, truncated or damaged; samples before the damage were yielded, the one
-            cut by it was not.
+            just before it was not (its members may be lost).
     """
     key: str | None = None
     parts: dict[str, bytes] = {}
@@ -173,7 +176,9 @@ def iterate_samples(path: Path) -> Iterator[Sample]:
                 parts = {}
             key = split[0]
             parts[split[1]] = content
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise ShardError(f"shard {path} cannot be opened ({error.strerror})") from error
+    except _DAMAGE as error:
         raise ShardError(
             f"shard {path} is truncated or damaged after {count} whole samples ({error}); "
             "fetch it again or leave it out of the pattern"
@@ -188,25 +193,62 @@ def iterate_samples(path: Path) -> Iterator[Sample]:
 
 def _members(path: Path, passed: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file; names of links and devices go to `passed`."""
-    with _open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-        for member in tar:
-            tar.members = []  # tarfile keeps every header otherwise
-            if member.isdir():
-                continue
-            opened = tar.extractfile(member) if member.isfile() else None
-            if opened is None:
-                passed.append(member.name)
-                continue
-            content = opened.read()
-            if len(content) != member.size:
-                raise tarfile.ReadError(f"{member.name} ends early")
-            yield member.name, content
-        if isinstance(stream, gzip.GzipFile):
-            while stream.read(1 << 20):  # reading on to the end checks gzip's own sum
-                pass
-        elif path.stat().st_size < tar.offset + _BLOCK:
-            # tarfile ends in silence when the file is cut between two members.
-            raise tarfile.ReadError("no end-of-archive mark")
+    with _open(path) as plain:
+        stream = _Watched(plain)
+        # tarfile asks a stream for nothing but read().
+        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
+            for member in tar:
+                tar.members = []  # tarfile keeps every header otherwise
+                if member.isdir():
+                    continue
+                opened = tar.extractfile(member) if member.isfile() else None
+                if opened is None:
+                    passed.append(member.name)
+                    continue
+                content = opened.read()
+                if len(content) != member.size:
+                    raise tarfile.ReadError(f"{member.name} ends early")
+                yield member.name, content
+            _check_end(stream, tar.offset, path)
+
+
+class _Watched:
+    """A stream that keeps its last chunk, to look at the block where tarfile stopped."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._chunk = b""
+        self._start = 0
+
+    def read(self, size: int) -> bytes:
+        self._start += len(self._chunk)
+        self._chunk = self._stream.read(size)
+        return self._chunk
+
+    def rest(self, offset: int) -> bytes:
+        """Return what was read from `offset` on; empty when that lies before the last chunk."""
+        at = offset - self._start
+        return self._chunk[at:] if at >= 0 else b""
+
+
+def _check_end(stream: _Watched, offset: int, path: Path) -> None:
+    """Read on to the end; raises `ReadError` when no end-of-archive mark stands at `offset`.
+
+    tarfile ends in silence at a file cut between two members and at a damaged header. Reading to
+    the end makes gzip check its own sum.
+    """
+    rest = stream.rest(offset)
+    if rest[:_BLOCK] != bytes(_BLOCK):
+        reason = "a damaged header" if len(rest) >= _BLOCK else "no end-of-archive mark"
+        raise tarfile.ReadError(f"{reason} at byte {offset}")
+    more = bool(rest.strip(b"\0"))
+    while chunk := stream.read(1 << 20):
+        more = more or bool(chunk.strip(b"\0"))
+    if more:
+        log.warning(
+            "%s goes on after its end-of-archive mark; what follows is not read (joined tars?)",
+            path,
+        )
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -243,3 +285,27 @@ def image_part(sample: Sample) -> bytes | None:
         if suffix in sample.parts:
             return sample.parts[suffix]
     return None
+
+
+def class_index_of(sample: Sample) -> int | None:
+    """Return the sample's class: its json's `class_index`, or its `cls` member's number.
+
+    Returns:
+        The index from 0; None where the sample names no class. The upper limit is the caller's.
+
+    Raises:
+        ShardError: a value that is no whole number from 0 on, two that differ, or an unreadable
+            json.
+    """
+    given = read_json_part(sample).get("class_index")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
+        raise ShardError(f"{sample.label}: class_index is {given!r}, not a whole number from 0 on")
+    content = sample.parts.get("cls")
+    if content is None:
+        return given
+    text = content.decode("ascii", "replace").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise ShardError(f"{sample.label}: its cls is '{text[:40]}', not a whole number from 0 on")
+    if given is not None and int(text) != given:
+        raise ShardError(f"{sample.label}: class_index is {given}, and its cls member says {text}")
+    return int(text)

@@ -6,6 +6,7 @@ map does with the logits.
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -71,9 +72,15 @@ def templates(name: str = "openai") -> list[Template]:
 
 def class_list(lines: Iterable[str]) -> ClassList:
     """Make a class list from lines, one class each, synonyms separated by comma and blank."""
+    return _from_words(
+        [word.strip() for word in line.split(", ") if word.strip()] for line in lines
+    )
+
+
+def _from_words(classes: Iterable[Sequence[str]]) -> ClassList:
+    """Make a class list from each class's queries."""
     names, queries, owners = [], [], []
-    for index, line in enumerate(lines):
-        words = [word.strip() for word in line.split(", ") if word.strip()]
+    for index, words in enumerate(classes):
         if not words:
             raise UserError(f"class {index} has no name; write one class a line")
         names.append(words[0])
@@ -88,26 +95,62 @@ def class_list(lines: Iterable[str]) -> ClassList:
 
 
 def read_classes(spec: str | Path) -> ClassList:
-    """Read classes from a file (one a line, synonyms by ', '), a shipped list, or a comma list.
+    """Read classes from a file, a shipped list, or a comma list.
 
     Args:
-        spec: path of a text file; the name of a list in `configs/classes` such as `voc20`; or words
+        spec: path of a text file (one class a line, synonyms by ', ') or of a `.json` file (a list
+            of `{"index", "name"}` or of names, or an object that holds one; only `name` is used,
+            synonyms are not); the name of a list in `configs/classes` such as `voc20`; or words
             such as `cat, sofa, wall`, each its own class.
+
+    Raises:
+        UserError: no such file or one of another form, or a class without a name.
     """
     path = Path(spec)
     try:
         is_file = path.is_file()
     except OSError:  # a long comma list is no file name
         is_file = False
+    if is_file and path.suffix.lower() == ".json":
+        return _from_words([name] for name in _json_names(path))
     if is_file:
-        return class_list(path.read_text(encoding="utf-8").splitlines())
+        try:
+            return class_list(path.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError:
+            raise UserError(f"class file {path} is no UTF-8 text; write one class a line") from None
     text = str(spec)
     if text in config_names("classes", ".txt"):
         shipped = config_root() / "classes" / f"{text}.txt"
         return class_list(shipped.read_text(encoding="utf-8").splitlines())
-    if path.suffix == ".txt" or "/" in text:
+    if path.suffix in (".txt", ".json") or "/" in text:
         raise UserError(f"class file {spec} does not exist")
     return class_list(word.strip() for word in text.split(",") if word.strip())
+
+
+def _json_names(path: Path) -> list[str]:
+    """Read class names, in the order of their index, from a JSON file."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"class file {path} is not readable as JSON ({error})") from None
+    if isinstance(loaded, dict):
+        lists = [value for value in loaded.values() if isinstance(value, list)]
+        loaded = lists[0] if len(lists) == 1 else None
+    if not isinstance(loaded, list):
+        raise UserError(f'class file {path} needs one list of {{"index": 0, "name": "cat"}}')
+    found: dict[int, str] = {}
+    for place, row in enumerate(loaded):
+        index = row.get("index", place) if isinstance(row, dict) else place
+        name = row.get("name") if isinstance(row, dict) else row
+        if not (isinstance(name, str) and name.strip() and type(index) is int):
+            raise UserError(f"class file {path}: entry {place} lacks a name or a whole index")
+        if index in found:
+            raise UserError(f"class file {path}: index {index} stands twice; keep one")
+        found[index] = name.strip()
+    gaps = sorted(set(range(len(found))) - set(found))
+    if gaps:
+        raise UserError(f"class file {path}: index {gaps[0]} is missing of 0..{len(found) - 1}")
+    return [found[index] for index in range(len(found))]
 
 
 @torch.no_grad()

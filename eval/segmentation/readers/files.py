@@ -41,17 +41,26 @@ def find_root(root: Path, folder: str, proof: str) -> Path:
 
 
 def read_ids(file: Path) -> list[str]:
-    """Read a split list, one id a line; an empty list or an id given twice is an error."""
+    """Read a split list, one id a line; an empty list or an id given twice is an error.
+
+    An id may hold folders (`frankfurt/000000_000294`) but not lead out of the data set: results are
+    written under these names.
+    """
     try:
-        ids = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        ids = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as a list of image ids ({error})") from None
     ids = [name for name in ids if name]
     if not ids:
         raise UserError(f"{file} lists no image; expected one id a line")
-    twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+    twice = (
+        sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+    )
     if twice:
-        raise UserError(f"{file}: {len(twice)} ids stand twice, the first is {twice[0]}")
+        raise UserError(f"{file}: {len(twice)} ids stand twice, the first is {twice[0]}; keep one")
+    for name in ids:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{file}: '{name}' leads out of the data set; give plain image ids")
     return ids
 
 
@@ -83,8 +92,8 @@ def read_labels(file: Path) -> Labels:
     opened = _open(file)
     if opened.mode not in ("P", "L"):
         raise UserError(
-            f"{file} has mode {opened.mode}; expected an 8-bit palette or grey picture whose values "
-            "are label ids (colour-coded copies do not hold them)"
+            f"{file} has mode {opened.mode}; expected an 8-bit palette or grey picture whose "
+            "values are label ids (colour-coded copies do not hold them); use the original files"
         )
     return np.asarray(opened, dtype=np.int64)
 
@@ -95,5 +104,5 @@ def check_pair(image: npt.NDArray[np.uint8], label: Labels, file: Path, turned: 
         why = " (the picture's EXIF orientation turned it)" if turned else ""
         raise UserError(
             f"{file}: picture is {image.shape[1]}x{image.shape[0]}{why}, its label "
-            f"{label.shape[1]}x{label.shape[0]}; labels are never resized, so both must be of one size"
+            f"{label.shape[1]}x{label.shape[0]}; labels are never resized, so use the pair of one size"
         )

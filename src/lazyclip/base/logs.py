@@ -15,6 +15,11 @@ from pathlib import Path
 FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 
 
+def _no_chatter(record: logging.LogRecord) -> bool:
+    # open_clip tells each step of building a model on the root logger.
+    return record.name != "root" or record.levelno >= logging.WARNING
+
+
 def setup(rank: int = 0, file: Path | None = None) -> None:
     """Send log lines to stderr (rank 0: INFO, others: WARNING) and, if given, to a file."""
     root = logging.getLogger()
@@ -27,6 +32,7 @@ def setup(rank: int = 0, file: Path | None = None) -> None:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
     prefix = "" if rank == 0 else f"[rank {rank}] "
     for handler in handlers:
+        handler.addFilter(_no_chatter)
         handler.setFormatter(logging.Formatter(prefix + FORMAT, "%Y-%m-%d,%H:%M:%S"))
         root.addHandler(handler)
     for noisy in ("httpx", "urllib3", "PIL", "matplotlib", "fsspec"):

@@ -1,0 +1,369 @@
+"""The demo's synthetic world: pictures of filled things, written as shards and as a VOC folder.
+
+Twelve classes, four colours times three fills; the outline of the object is a distractor. Each
+class has a background texture of its own, which it stands on in 70 % of the training pictures, in
+none of the decorrelated test pictures, and in all of the correlated ones. The same seed makes the
+same bytes. Not here: how a picture is drawn (`scene`), what is trained on it (`run`).
+"""
+
+import dataclasses
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lazyclip.base.config import write_json
+
+from .scene import (
+    COLOURS,
+    FILLS,
+    SHAPES,
+    SIDE,
+    TEXTURES,
+    Backgrounds,
+    Floats,
+    Ints,
+    Masks,
+    Objects,
+    compose,
+    extent,
+    mask_boxes,
+    object_masks,
+    scale_for,
+)
+
+Pictures = npt.NDArray[np.uint8]
+
+CLASSES = tuple(f"{fill} {colour}" for colour in COLOURS for fill in FILLS)
+# Own texture of each class. The hue of texture t is t / 12, and none lies within 1/4 turn of the
+# colour of its class: otherwise objects would vanish in just the pictures with their own texture.
+OWN_TEXTURE = (4, 6, 9, 8, 11, 1, 0, 2, 3, 5, 7, 10)
+CORRELATION = 0.7
+SHARE = (0.06, 0.17)  # of the picture that an object covers, before pixels are counted
+CAPTIONS = (
+    "a photo of a {}",
+    "a picture of a {}",
+    "an image of a {}",
+    "there is a {} here",
+    "this is a {}",
+    "one {} in the picture",
+    "a {}",
+    "look at the {}",
+)
+# Zero-shot prompts look like the captions: fill, colour, shape.
+PROMPTS = tuple(
+    f"{start} a {{}} {shape}"
+    for start in ("a photo of", "a picture of")
+    for shape in ("circle", "square", "star", "heart")
+)
+PER_SHARD = 800
+QUALITY = 92
+_CHUNK = 400  # pictures drawn at once
+_PROTOCOL = """\
+# Made by demo.world: {count} pictures with {objects} each; pixels of the background are left out.
+dataset: {name}
+title: {title}
+layout: voc
+folder: VOCdevkit/{folder}
+split: val
+images: {{val: {count}}}
+classes: classes.txt
+labels: zero_ignored
+background: false
+protocols:
+  toy:  # one window, the whole picture; mean and std of the models' own preprocessing
+    templates: templates.txt
+    mean: [122.771, 116.746, 104.094]
+    std: [68.501, 66.632, 70.323]
+    short: {side}
+    cap: 2048
+    window: {side}
+    stride: {side}
+    remainder: drop
+    logit_scale: 40
+    threshold: 0
+    area: 0
+    pamr: none
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Pictures of each set."""
+
+    train: int = 6400
+    decorrelated: int = 600
+    correlated: int = 600
+    two: int = 270
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSet:
+    """Pictures of one or more objects each; o is the number of objects in a picture.
+
+    Attributes:
+        pictures: n x 64 x 64 x 3.
+        masks: n x o x 64 x 64, exact, without overlap.
+        boxes: n x o x 4, x0 y0 x1 y1, 0-based, inclusive.
+        classes: n x o, index in CLASSES.
+        shapes: n x o, index in SHAPES.
+        textures: n, index of the background texture.
+    """
+
+    pictures: Pictures
+    masks: Masks
+    boxes: Ints
+    classes: Ints
+    shapes: Ints
+    textures: Ints
+
+    def label_maps(self) -> npt.NDArray[np.uint8]:
+        """Return n x 64 x 64: 0 background, class index + 1 on objects."""
+        ids = (self.classes + 1)[..., None, None] * self.masks
+        return ids.sum(axis=1).astype(np.uint8)
+
+
+def _draw_objects(n: int, classes: Ints, rng: np.random.Generator) -> tuple[Objects, Floats]:
+    """Draw outlines, sizes, places and fills; returns them and their bounds n x 4 in pixels."""
+    shape = rng.integers(len(SHAPES), size=n)
+    scale = scale_for(shape, rng.uniform(*SHARE, size=n).astype(np.float32))
+    angle = rng.uniform(-0.3, 0.3, size=n).astype(np.float32)
+    left, up, right, down = extent(shape, scale, angle).T
+    x = left + rng.random(n, dtype=np.float32) * (SIDE - left - right)
+    y = up + rng.random(n, dtype=np.float32) * (SIDE - up - down)
+    objects = Objects(
+        colour=classes // len(FILLS),
+        fill=classes % len(FILLS),
+        shape=shape,
+        scale=scale,
+        angle=angle,
+        x=x,
+        y=y,
+        turn=rng.uniform(0, np.pi, size=n).astype(np.float32),
+        period=rng.uniform(7.5, 8.5, size=n).astype(np.float32),
+        phase=rng.random((n, 2), dtype=np.float32),
+    )
+    return objects, np.stack([x - left, y - up, x + right, y + down], axis=1)
+
+
+def _draw_grounds(textures: Ints, rng: np.random.Generator) -> Backgrounds:
+    n = len(textures)
+    return Backgrounds(
+        texture=textures,
+        contrast=rng.uniform(0.15, 0.35, size=n).astype(np.float32),
+        phase=rng.random((n, 2), dtype=np.float32),
+    )
+
+
+def _other_texture(owned: Ints, rng: np.random.Generator) -> Ints:
+    """Draw a texture that is not in `owned` (n x o), evenly among the others."""
+    free = np.ones((len(owned), TEXTURES), dtype=bool)
+    np.put_along_axis(free, owned, False, axis=1)
+    return np.argmax(rng.random(free.shape) * free, axis=1)
+
+
+def draw_single(n: int, own: float, rng: np.random.Generator) -> PictureSet:
+    """Draw n pictures of one object, on the class's own texture with probability `own`."""
+    classes = rng.integers(len(CLASSES), size=n)
+    owned = np.array(OWN_TEXTURE)[classes]
+    other = _other_texture(owned[:, None], rng)
+    textures = np.where(rng.random(n) < own, owned, other)
+    objects, _ = _draw_objects(n, classes, rng)
+    masks = object_masks(objects)
+    pictures = compose(_draw_grounds(textures, rng), [objects], [masks], rng)
+    return PictureSet(
+        pictures=pictures,
+        masks=masks[:, None],
+        boxes=mask_boxes(masks)[:, None],
+        classes=classes[:, None],
+        shapes=objects.shape[:, None],
+        textures=textures,
+    )
+
+
+def _apart(first: Floats, second: Floats) -> Masks:
+    """Tell which pairs of bounds n x 4 lie at least a pixel apart."""
+    return ((first[:, 2:] + 1 < second[:, :2]) | (second[:, 2:] + 1 < first[:, :2])).any(axis=1)
+
+
+def _take(objects: Objects, rows: Ints) -> Objects:
+    return Objects(**{f.name: getattr(objects, f.name)[rows] for f in dataclasses.fields(Objects)})
+
+
+def draw_two(n: int, rng: np.random.Generator) -> PictureSet:
+    """Draw n pictures of two objects of different classes, boxes apart, on neither's own texture.
+
+    Pairs whose boxes meet are drawn again, size and all, so objects are a little smaller here.
+    """
+    tries = 12 * n + 100  # about one pair in four fits
+    first = rng.integers(len(CLASSES), size=tries)
+    second = (first + rng.integers(1, len(CLASSES), size=tries)) % len(CLASSES)
+    (one, bounds_one), (two, bounds_two) = (_draw_objects(tries, c, rng) for c in (first, second))
+    rows = np.flatnonzero(_apart(bounds_one, bounds_two))[:n]
+    if len(rows) < n:
+        raise RuntimeError(f"only {len(rows)} of {n} pairs of objects fit; raise the tries")
+    objects = [_take(one, rows), _take(two, rows)]
+    classes = np.stack([first[rows], second[rows]], axis=1)
+    textures = _other_texture(np.array(OWN_TEXTURE)[classes], rng)
+    masks = [object_masks(item) for item in objects]
+    pictures = compose(_draw_grounds(textures, rng), objects, masks, rng)
+    return PictureSet(
+        pictures=pictures,
+        masks=np.stack(masks, axis=1),
+        boxes=np.stack([mask_boxes(mask) for mask in masks], axis=1),
+        classes=classes,
+        shapes=np.stack([item.shape for item in objects], axis=1),
+        textures=textures,
+    )
+
+
+def jpeg_bytes(picture: Pictures) -> bytes:
+    """Encode a picture as JPEG."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
+
+
+def caption_of(class_index: int, shape: int, template: int) -> str:
+    """Return a caption: one of the templates around fill, colour and shape."""
+    return CAPTIONS[template].format(f"{CLASSES[class_index]} {SHAPES[shape]}")
+
+
+def _members(drawn: PictureSet, shard: int, start: int, rng: np.random.Generator) -> Iterator[
+    tuple[str, bytes]
+]:  # fmt: skip
+    """Yield member name and content of single-object pictures, three members each."""
+    templates = rng.integers(len(CAPTIONS), size=len(drawn.pictures))
+    for row, picture in enumerate(drawn.pictures):
+        index, shape = int(drawn.classes[row, 0]), int(drawn.shapes[row, 0])
+        key = f"{shard:05d}{start + row:04d}"
+        caption = caption_of(index, shape, int(templates[row]))
+        meta = {
+            "caption": caption,
+            "key": key,
+            "class_index": index,
+            "class_name": CLASSES[index],
+            "shape": SHAPES[shape],
+            "texture": int(drawn.textures[row]),
+            "box": drawn.boxes[row, 0].tolist(),
+            "width": SIDE,
+            "height": SIDE,
+        }
+        yield f"{key}.jpg", jpeg_bytes(picture)
+        yield f"{key}.txt", caption.encode()
+        yield f"{key}.json", json.dumps(meta).encode()
+
+
+def write_shards(
+    folder: Path, n: int, own: float, rng: np.random.Generator
+) -> Iterator[PictureSet]:
+    """Draw n single-object pictures and write them as shards; yields what was drawn, in order."""
+    folder.mkdir(parents=True)
+    for shard, first in enumerate(range(0, n, PER_SHARD)):
+        size = min(PER_SHARD, n - first)
+        with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for start in range(0, size, _CHUNK):
+                drawn = draw_single(min(_CHUNK, size - start), own, rng)
+                for name, content in _members(drawn, shard, start, rng):
+                    info = tarfile.TarInfo(name)  # time 0 and no owner: the same bytes each time
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                yield drawn
+
+
+def palette() -> list[int]:
+    """Return 256 RGB triples for label files: black, then per class its colour, by fill."""
+    triples = [(0, 0, 0)]
+    for colour in COLOURS.values():
+        strong = np.array(colour)
+        for shown in (strong, strong * 0.55, 1 - (1 - strong) * 0.45):  # plain, striped, dotted
+            triples.append(tuple(round(float(255 * c)) for c in shown))
+    triples += [(255, 255, 255)] * (256 - len(triples))
+    return [value for triple in triples for value in triple]
+
+
+def write_voc(folder: Path, drawn: PictureSet, start: int = 0) -> list[str]:
+    """Add pictures and exact label files to a VOC folder; returns their ids."""
+    for name in ("JPEGImages", "SegmentationClass"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    ids = [f"{start + row:06d}" for row in range(len(drawn.pictures))]
+    colours = palette()
+    for name, picture, labels in zip(ids, drawn.pictures, drawn.label_maps(), strict=True):
+        (folder / "JPEGImages" / f"{name}.jpg").write_bytes(jpeg_bytes(picture))
+        stored = Image.fromarray(labels)
+        stored.putpalette(colours)  # turns the grey picture into one of palette indices
+        stored.save(folder / "SegmentationClass" / f"{name}.png")
+    return ids
+
+
+def _write_list(folder: Path, ids: list[str]) -> None:
+    lists = folder / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+
+
+def _write_texts(root: Path, sizes: Sizes) -> None:
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+    (root / "templates.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    for file, name, folder, objects, count in (
+        ("protocol.yaml", "toy-two", "Toy", "two objects", sizes.two),
+        ("protocol-one.yaml", "toy-one", "ToyOne", "one object", sizes.decorrelated),
+    ):
+        title = f"Toy world, {objects} in a picture"
+        text = _PROTOCOL.format(
+            name=name, folder=folder, objects=objects, title=title, count=count, side=SIDE
+        )
+        (root / file).write_text(text, encoding="utf-8")
+
+
+def make_world(root: Path, seed: int, sizes: Sizes | None = None) -> dict[str, object]:
+    """Write the whole world below a folder that does not exist yet.
+
+    Args:
+        root: gets train, test-decorrelated and test-correlated (shards), seg (a data root with
+            VOCdevkit/Toy of two objects in a picture and VOCdevkit/ToyOne of the decorrelated
+            test pictures), classes.txt, templates.txt, protocol.yaml, protocol-one.yaml and
+            world.json.
+        seed: of everything drawn.
+        sizes: pictures of each set.
+
+    Returns:
+        What world.json holds: sizes, and shares measured on what was drawn (fractions).
+    """
+    sizes = sizes or Sizes()
+    root.mkdir(parents=True)
+    streams = [np.random.default_rng([seed, part]) for part in range(4)]
+    kept = 0
+    for drawn in write_shards(root / "train", sizes.train, CORRELATION, streams[0]):
+        kept += int((drawn.textures == np.array(OWN_TEXTURE)[drawn.classes[:, 0]]).sum())
+    one = root / "seg" / "VOCdevkit" / "ToyOne"
+    ids: list[str] = []
+    masks, boxes, counts = [], [], np.zeros(len(CLASSES), np.int64)
+    for drawn in write_shards(root / "test-decorrelated", sizes.decorrelated, 0.0, streams[1]):
+        ids += write_voc(one, drawn, len(ids))
+        masks.append(drawn.masks.mean(axis=(1, 2, 3)))
+        sides = drawn.boxes[:, 0, 2:] - drawn.boxes[:, 0, :2] + 1
+        boxes.append(sides.prod(axis=1) / SIDE**2)
+        counts += np.bincount(drawn.classes[:, 0], minlength=len(CLASSES))
+    _write_list(one, ids)
+    for _ in write_shards(root / "test-correlated", sizes.correlated, 1.0, streams[2]):
+        pass
+    two = root / "seg" / "VOCdevkit" / "Toy"
+    _write_list(two, write_voc(two, draw_two(sizes.two, streams[3])))
+    _write_texts(root, sizes)
+    summary: dict[str, object] = {
+        "seed": seed,
+        "sizes": dataclasses.asdict(sizes),
+        "classes": list(CLASSES),
+        "own_texture_share": kept / sizes.train,
+        "mask_share": float(np.concatenate(masks).mean()),
+        "box_share": float(np.concatenate(boxes).mean()),
+        "majority": int(counts.max()) / int(counts.sum()),
+    }
+    write_json(root / "world.json", summary)
+    return summary

@@ -1,0 +1,87 @@
+"""A shard's record to a picture and a caption; what fails is named, never passed over.
+
+Not here: which records come (`sources`), transforms and batches (`batches`).
+"""
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from lazyclip.shards import Sample, ShardError, image_part, iterate_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A record that gave no sample.
+
+    Fields: label, shard and place; reason, one of a few words to count by; detail, for the log.
+    """
+
+    label: str
+    reason: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A decoded picture (RGB) with its caption, and what names it: pass, shard, place in it."""
+
+    picture: Image.Image
+    caption: str
+    identity: str
+
+
+def read_shard(shard: Path) -> Iterator[Sample | Dropped]:
+    """Read a shard's samples; a damaged rest becomes one `Dropped` with reason `shard`."""
+    try:
+        yield from iterate_samples(shard)
+    except ShardError as error:
+        yield Dropped(shard.name, "shard", str(error))
+
+
+def decode_picture(content: bytes) -> Image.Image:
+    """Decode a picture to RGB.
+
+    Raises:
+        ValueError: it cannot be decoded, with Pillow's reason.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as opened:
+                return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def decode(sample: Sample, number: int) -> Pair | Dropped:
+    """Decode a record's picture and caption.
+
+    Args:
+        sample: of a shard.
+        number: the pass it belongs to; part of its identity.
+
+    Returns:
+        The pair, or why there is none: `no picture`, `no caption`, `empty caption`, `caption not
+        text`, `bad picture`.
+    """
+    content, text = image_part(sample), sample.parts.get("txt")
+    if content is None:
+        return Dropped(sample.label, "no picture", f"has {', '.join(sorted(sample.parts))}")
+    if text is None:
+        return Dropped(sample.label, "no caption", f"has {', '.join(sorted(sample.parts))}")
+    try:
+        caption = text.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        return Dropped(sample.label, "caption not text", str(error))
+    if not caption:
+        return Dropped(sample.label, "empty caption")
+    try:
+        picture = decode_picture(content)
+    except ValueError as error:
+        return Dropped(sample.label, "bad picture", str(error))
+    return Pair(picture, caption, f"{number} {sample.shard.name} {sample.ordinal}")

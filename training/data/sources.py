@@ -1,0 +1,179 @@
+"""Which shards there are, how many samples they hold, and in which order they are read.
+
+Not here: what a sample must hold (`samples`).
+"""
+
+import dataclasses
+import json
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from lazyclip.base.errors import UserError
+from lazyclip.shards import IMAGE_SUFFIXES, ShardError, expand, iterate_samples
+
+log = logging.getLogger(__name__)
+# Counting means reading: above this the user is asked for the number.
+COUNT_LIMIT = 2 << 30
+# So many samples of the first shard must hold one that fits, or the run does not start.
+LOOK_AT = 200
+
+
+def fits(parts: set[str]) -> bool:
+    """Tell whether a sample's suffixes hold a picture and a caption."""
+    return "txt" in parts and any(suffix in parts for suffix in IMAGE_SUFFIXES)
+
+
+def suffix_table(counts: dict[str, int], looked: int) -> str:
+    """Phrase the suffixes seen, most frequent first: `jpg in 200, json in 200 of 200 samples`."""
+    rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{suffix} in {n}" for suffix, n in rows[:12]) + f" of {looked} samples"
+
+
+def require_captions(shards: list[Path], flag: str = "--train-data") -> None:
+    """Check that the first shards hold a sample with a picture and a caption.
+
+    Raises:
+        UserError: none of the first samples fits; lists the suffixes they have.
+        ShardError: the first shard cannot be read at all.
+    """
+    counts: dict[str, int] = {}
+    looked = 0
+    for shard in shards:
+        for sample in iterate_samples(shard):
+            if fits(set(sample.parts)):
+                return
+            looked += 1
+            for suffix in sample.parts:
+                counts[suffix] = counts.get(suffix, 0) + 1
+            if looked >= LOOK_AT:
+                break
+        if looked >= LOOK_AT:
+            break
+    seen = suffix_table(counts, looked) if looked else "no samples at all"
+    raise UserError(
+        f"{flag} {shards[0]}: no sample has a picture ({', '.join(IMAGE_SUFFIXES)}) and a caption "
+        f"(txt); seen: {seen}; a sample is KEY.jpg and KEY.txt side by side in a tar"
+    )
+
+
+def count_samples(shards: list[Path], flag: str = "--train-num-samples") -> int:
+    """Count samples: from `NNNNN_stats.json` beside each shard, else by reading the shards.
+
+    Raises:
+        UserError: too much to read; names the flag to give instead.
+    """
+    total, unknown = 0, []
+    for shard in shards:
+        stats = _stats_count(shard)
+        if stats is None:
+            unknown.append(shard)
+        else:
+            total += stats
+    size = sum(shard.stat().st_size for shard in unknown)
+    if size > COUNT_LIMIT:
+        raise UserError(
+            f"{len(unknown)} of {len(shards)} shards ({size / 2**30:.0f} GiB) have no _stats.json "
+            f"to tell their samples; pass {flag} N (samples in an epoch)"
+        )
+    counts: dict[Path, int] = {}
+    for shard in unknown:
+        if shard not in counts:
+            counts[shard] = _count_fitting(shard)
+        total += counts[shard]
+    if total == 0:
+        raise UserError(f"the {len(shards)} shards hold no usable sample")
+    return total
+
+
+def _count_fitting(shard: Path) -> int:
+    count = 0
+    try:
+        for sample in iterate_samples(shard):
+            count += fits(set(sample.parts))
+    except ShardError as error:
+        log.warning("%s", error)
+    return count
+
+
+def _stats_count(shard: Path) -> int | None:
+    stem = shard.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
+    file = shard.with_name(f"{stem}_stats.json")
+    if not file.is_file():
+        return None
+    try:
+        successes = json.loads(file.read_text(encoding="utf-8"))["successes"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        log.warning("%s has no readable 'successes' (%r); the shard is read instead", file, error)
+        return None
+    return successes if isinstance(successes, int) and successes >= 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The shards of a run.
+
+    Fields: shards, in the order of the pattern; samples, in one epoch; resampled, whether shards
+    are drawn with replacement.
+    """
+
+    shards: tuple[Path, ...]
+    samples: int
+    resampled: bool
+
+    def lane(self, seed: int, lane: int, lanes: int) -> Iterator[tuple[int, Path]]:
+        """Give a lane (one loader process of one rank) its shards, without end.
+
+        Each pass hands every shard to exactly one lane, in an order of its own; resampled, a lane
+        draws by itself.
+
+        Args:
+            seed: of the order.
+            lane: 0..lanes - 1.
+            lanes: ranks times loader processes.
+
+        Returns:
+            Pairs of pass number and shard.
+        """
+        number = 0
+        draw = random.Random(f"{seed} resampled {lane} of {lanes}")
+        while True:
+            if self.resampled:
+                yield from ((number, draw.choice(self.shards)) for _ in self.shards[lane::lanes])
+            else:
+                order = list(self.shards)
+                random.Random(f"{seed} pass {number}").shuffle(order)
+                yield from ((number, shard) for shard in order[lane::lanes])
+            number += 1
+
+
+def open_source(
+    pattern: str, samples: int | None, resampled: bool, lanes: int, workers: int
+) -> Source:
+    """Find and check the shards of a run.
+
+    Args:
+        pattern: see `lazyclip.shards.expand`.
+        samples: in an epoch; None counts them.
+        resampled: draw shards with replacement.
+        lanes: ranks times loader processes.
+        workers: loader processes per rank, for the message.
+
+    Raises:
+        UserError: no shards, fewer shards than lanes, no sample with picture and caption.
+    """
+    shards = expand(pattern, "--train-data")
+    if len(shards) < lanes and not resampled:
+        ranks = lanes // max(workers, 1)
+        remedy = (
+            f"use --workers {len(shards) // ranks}"
+            if len(shards) >= ranks
+            else "make more, smaller shards"
+        )
+        raise UserError(
+            f"{len(shards)} shards < {ranks} ranks x {max(workers, 1)} workers; {remedy}, or "
+            "--dataset-resampled"
+        )
+    require_captions(shards)
+    return Source(tuple(shards), samples or count_samples(shards), resampled)

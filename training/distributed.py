@@ -1,0 +1,132 @@
+"""Ranks: start and end of the process group, and the gather that carries gradients.
+
+Rank and world come from torchrun's environment, or SLURM's; a plain process is rank 0 of 1.
+Not here: what is gathered (`objectives`).
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lazyclip.base.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank of world, its rank on the node, and its device."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and lines."""
+        return self.rank == 0
+
+
+def _number(*names: str, default: int) -> int:
+    for name in names:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return default
+
+
+def find_place(device: str | None) -> Place:
+    """Read this process's place from the environment.
+
+    Args:
+        device: `cuda`, `cpu`, or None for CUDA where there is one.
+
+    Raises:
+        UserError: CUDA asked for and not there, or more ranks on a node than GPUs.
+    """
+    # torchrun sets RANK and WORLD_SIZE; srun without torchrun sets SLURM's, and counts as ranks
+    # only where a rendezvous address was given with it.
+    by_slurm = "RANK" not in os.environ and "MASTER_ADDR" in os.environ
+    rank = _number("RANK", *(["SLURM_PROCID"] if by_slurm else []), default=0)
+    world = _number("WORLD_SIZE", *(["SLURM_NTASKS"] if by_slurm else []), default=1)
+    local = _number("LOCAL_RANK", *(["SLURM_LOCALID"] if by_slurm else []), default=0)
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":
+        return Place(rank, world, local, torch.device("cpu"))
+    if kind.split(":")[0] != "cuda":
+        raise UserError(f"--device {kind} is not known here; use cuda or cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {kind}: no CUDA device is visible; use --device cpu")
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local} of this node has no GPU, {torch.cuda.device_count()} are visible; lower "
+            "--nproc_per_node"
+        )
+    return Place(rank, world, local, torch.device("cuda", local))
+
+
+@contextlib.contextmanager
+def process_group(place: Place) -> Iterator[None]:
+    """Hold a process group (NCCL on CUDA, gloo on the CPU) where there are several ranks."""
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    if place.world == 1:
+        yield
+        return
+    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first(value: Any, place: Place) -> Any:
+    """Return rank 0's value of a plain object on every rank."""
+    if place.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def total(value: Tensor, place: Place) -> Tensor:
+    """Return the sum of a tensor over the ranks; the tensor given is left alone."""
+    if place.world == 1:
+        return value
+    summed = value.detach().clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def current_rank() -> int:
+    """Return this process's rank in the group that is open; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows, in rank order; backward sums what every rank asks of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rank, ctx.count = dist.get_rank(), rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        summed = grad.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed[ctx.rank * ctx.count : (ctx.rank + 1) * ctx.count]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Gather rows B x E of all ranks to (world * B) x E, with gradients; B is equal on all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    return _Gather.apply(rows)

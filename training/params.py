@@ -1,0 +1,285 @@
+"""Flags and recipes to one frozen `TrainArgs`.
+
+A flag is one field below, with its help and unit. Order: defaults < recipe (`--config`) < flags.
+Not here: checks that need files or the model (`preflight`).
+"""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from lazyclip.base.config import read_yaml
+from lazyclip.base.errors import UserError, nearest
+from lazyclip.base.resources import config_file
+from lazyclip.poolflags import POOL_FLAGS
+
+EXAMPLE = (
+    "python -m training.main --model LaSt-ViT-B-16 --pretrained openai "
+    '--train-data "laion/{00000..00099}.tar"'
+)
+
+
+def _flag(group: str, text: str, default: Any = None, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """The settings of a run; one field is one flag, spelt with dashes.
+
+    `last_*` stay text here: the pooling's own table reads them (`lazyclip.poolflags`).
+    """
+
+    train_data: str | None = _flag(
+        "data", "shards: a path, braces, a glob, a folder; sources joined by ::"
+    )
+    train_num_samples: int | None = _flag(
+        "data", "samples in an epoch (default: counted from the shards)"
+    )
+    dataset_resampled: bool = _flag("data", "draw shards with replacement", False)
+    val_data: str | None = _flag("data", "shards with classes, for zero-shot top-1 while training")
+    val_num_samples: int | None = _flag("data", "images of --val-data to score (default: all)")
+    classes: str | None = _flag("data", "class names of --val-data: a file or a comma list")
+    templates: str = _flag(
+        "data", "prompts: openai, simple, plain, or a file of {} lines", "openai"
+    )
+    workers: int = _flag("data", "loader processes per rank; 0 loads in the trainer", 4)
+    max_bad_fraction: float = _flag("data", "share of unusable samples at which the run stops", 0.1)
+    augment: bool = _flag("data", "random resized crop", True)
+    model: str = _flag("model", "a model name, or a saved model's folder", "LaSt-ViT-B-16")
+    pretrained: str | None = _flag("model", "a tag, a weight file, or a saved model's folder")
+    force_image_size: int | None = _flag("model", "another input size, pixels")
+    force_quick_gelu: bool = _flag("model", "ask for QuickGELU", False)
+    lock_image: bool = _flag("model", "freeze the image tower", False)
+    lock_image_unlocked_groups: int = _flag("model", "layer groups at its end left trainable", 0)
+    lock_text: bool = _flag("model", "freeze the text tower", False)
+    grad_checkpointing: bool = _flag("model", "trade time for memory", False)
+    batch_size: int = _flag("optimisation", "samples per GPU (rank) and step", 64)
+    epochs: int = _flag("optimisation", "passes of --train-num-samples", 32)
+    lr: float = _flag("optimisation", "peak learning rate", 5e-4)
+    beta1: float = _flag("optimisation", "Adam beta 1", 0.9)
+    beta2: float = _flag("optimisation", "Adam beta 2, the same for every model", 0.98)
+    eps: float = _flag("optimisation", "Adam epsilon, the same for every model", 1e-6)
+    wd: float = _flag("optimisation", "weight decay, on matrices only", 0.2)
+    warmup: int | None = _flag(
+        "optimisation", "warm-up steps (default: a tenth of the run, at most 1000)"
+    )
+    grad_clip_norm: float | None = _flag("optimisation", "largest gradient norm (default: off)")
+    precision: str | None = _flag(
+        "optimisation", "default: amp_bf16 on CUDA, fp32 on CPU", choices=("amp_bf16", "fp32")
+    )
+    local_loss: bool = _flag("optimisation", "accepted: always done", False)
+    gather_with_grad: bool = _flag("optimisation", "accepted: always done", False)
+    seed: int = _flag("run", "of weights, order and augmentation", 0)
+    logs: str = _flag("run", "folder that holds the runs", "./logs")
+    name: str | None = _flag("run", "of the run (default: model and start time)")
+    save_every: int | None = _flag("run", "steps between checkpoints (default: one epoch)")
+    log_every_n_steps: int = _flag("run", "steps between log lines", 10)
+    probe_every: int | None = _flag(
+        "run", "steps between zero-shot scores, with --val-data (default: one epoch)"
+    )
+    report_to: str = _flag(
+        "run", "tensorboard, none, or auto (tensorboard where installed)", "auto",
+        choices=("auto", "tensorboard", "none"),
+    )  # fmt: skip
+    device: str | None = _flag("run", "cuda or cpu (default: cuda where there is one)")
+    threads: int | None = _flag("run", "CPU threads per rank (default: torch's choice)")
+    dry_run: bool = _flag("run", "print the plan and end", False)
+    config: str | None = _flag("run", "a recipe: a YAML file or a name in configs/recipes")
+    last_pooling: str | None = _flag("pooling", "")
+    last_k: str | None = _flag("pooling", "")
+    last_score: str | None = _flag("pooling", "")
+    last_sigma: str | None = _flag("pooling", "")
+    last_kernel: str | None = _flag("pooling", "")
+    last_eps: str | None = _flag("pooling", "")
+
+
+class Parsed(NamedTuple):
+    """The settings, and which keys of the recipe a flag overrode."""
+
+    args: TrainArgs
+    overrode: tuple[str, ...]
+
+
+# What open_clip's trainer has and this one spells otherwise or does not do, with the way out.
+FOREIGN = {
+    "resume": "a run starts at step 0; start from its weights with --pretrained LOGS/NAME/model",
+    "accum-freq": "use a larger --batch-size, or more GPUs",
+    "save-frequency": "use --save-every N (steps)",
+    "zeroshot-frequency": "use --probe-every N (steps)",
+    "val-frequency": "use --probe-every N (steps)",
+    "imagenet-val": "use --val-data SHARDS --classes FILE",
+    "imagenet-v2": "use --val-data SHARDS --classes FILE",
+    "dataset-type": "shards of the webdataset form are the only input; leave it out",
+    "aug-cfg": "use --no-augment to switch the random crop off",
+    "lr-scheduler": "the schedule is linear warm-up and cosine; leave it out",
+    "opt": "the optimiser is AdamW; leave it out",
+    "torchcompile": "not done by this trainer; leave it out",
+    "siglip": "the loss is the softmax contrastive one; leave it out",
+    "save-most-recent": "every checkpoint is kept; leave it out",
+    "delete-previous-checkpoint": "every checkpoint is kept; leave it out",
+    "dist-backend": "NCCL on CUDA, gloo on the CPU; leave it out",
+    "dist-url": "torchrun sets it; leave it out",
+    "image-mean": "they come with the weights or the model; leave it out",
+    "image-std": "they come with the weights or the model; leave it out",
+    "wandb-project-name": "use --report-to tensorboard",
+    "force-patch-dropout": "set vision_cfg.patch_dropout in a model config",
+    "debug": "set LAZYCLIP_TRACEBACK=1 to see tracebacks",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors as `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; an example: {EXAMPLE}")
+
+
+def _fields() -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(TrainArgs)}
+
+
+def _value_type(field: dataclasses.Field[Any]) -> type:
+    text = str(field.type)
+    for kind in (int, float, str):
+        if f"'{kind.__name__}'" in text or text.startswith(kind.__name__):
+            return kind
+    return str
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser: a flag for each field of `TrainArgs`, none with a default of its own."""
+    parser = _Parser(
+        prog="training.main",
+        description="Train a CLIP model from shards.",
+        allow_abbrev=False,
+        epilog=f"Example: {EXAMPLE}",
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    pool_help = {f"last_{row.field}": row.help for row in POOL_FLAGS}
+    for name, field in _fields().items():
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        text = pool_help.get(name, field.metadata["help"])
+        shown = "" if field.default in (None, False, True) else f" (default: {field.default})"
+        flag = "--" + name.replace("_", "-")
+        if isinstance(field.default, bool):
+            action: Any = argparse.BooleanOptionalAction if field.default else "store_true"
+            groups[group].add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
+            continue
+        groups[group].add_argument(
+            flag,
+            type=_value_type(field),
+            choices=field.metadata.get("choices"),
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%") + shown,
+        )
+    return parser
+
+
+def _refuse_unknown(words: Sequence[str]) -> None:
+    flags = ["--" + name.replace("_", "-") for name in _fields()]
+    for word in words:
+        if not word.startswith("--"):
+            raise UserError(f"'{word}' belongs to no flag; quote patterns and lists")
+        plain = word.split("=")[0].removeprefix("--")
+        if plain in FOREIGN:
+            raise UserError(f"--{plain} is open_clip's: {FOREIGN[plain]}")
+        close = difflib.get_close_matches(f"--{plain}", flags, n=3, cutoff=0.5)
+        hint = f"nearest: {', '.join(close)}" if close else "see --help"
+        raise UserError(f"unknown flag --{plain}; {hint}")
+
+
+def _recipe_file(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    return config_file("recipes", name, ".yaml", "recipe")
+
+
+def _check_value(key: str, value: object, where: Path) -> object:
+    """Check a recipe's value against its field's type; a whole number may stand for a float."""
+    field = _fields()[key]
+    kind = bool if isinstance(field.default, bool) else _value_type(field)
+    if kind is str and key.startswith("last_"):
+        return str(value)
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if kind is float and type(value) is str:
+        # YAML reads 5e-4 (no dot) as text.
+        try:
+            return float(value)
+        except ValueError:
+            fits = False
+    if not fits:
+        raise UserError(f"{where}: {key} is {value!r}; expected {kind.__name__}")
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{where}: {key} is {value!r}; use one of {', '.join(choices)}")
+    return float(value) if kind is float else value  # type: ignore[arg-type]
+
+
+def read_recipe(name: str, nested: bool = False) -> dict[str, object]:
+    """Read a recipe: a flat YAML of flags; `base: FILE` puts another one below it (one level).
+
+    Args:
+        name: a YAML file, or the name of one in `configs/recipes`.
+        nested: read as somebody's base.
+
+    Raises:
+        UserError: an unknown key (nearest first), a value of another type, a base's base.
+    """
+    file = _recipe_file(name)
+    values: dict[str, object] = {}
+    for key, value in read_yaml(file).items():
+        plain = key.replace("-", "_")
+        if plain == "base":
+            if nested:
+                raise UserError(f"{file}: a base cannot have a base; one level only")
+            base = str(value)
+            below = file.parent / base
+            values = {**read_recipe(str(below) if below.is_file() else base, True), **values}
+            continue
+        if plain not in _fields() or plain in ("config", "dry_run"):
+            raise UserError(f"{file}: unknown key '{key}'; {nearest(plain, _fields())}")
+        values[plain] = _check_value(plain, value, file)
+    return values
+
+
+def parse(argv: Sequence[str] | None) -> Parsed:
+    """Read the flags, and below them the recipe of `--config`.
+
+    Raises:
+        UserError: an unknown flag (open_clip's are answered by name), a value that does not read.
+    """
+    given, rest = make_parser().parse_known_args(argv)
+    if rest:
+        _refuse_unknown(rest)
+    flags = vars(given)
+    recipe = read_recipe(str(flags["config"])) if "config" in flags else {}
+    overrode = tuple(k for k in recipe if k in flags and flags[k] != recipe[k])
+    args = TrainArgs(**{**recipe, **flags})
+    _check_ranges(args)
+    return Parsed(args, overrode)
+
+
+def _check_ranges(args: TrainArgs) -> None:
+    least = {
+        "batch_size": 1, "epochs": 1, "workers": 0, "log_every_n_steps": 1, "save_every": 1,
+        "probe_every": 1, "warmup": 0, "train_num_samples": 1, "val_num_samples": 1, "threads": 1,
+        "force_image_size": 1, "lr": 0.0, "wd": 0.0, "eps": 0.0, "max_bad_fraction": 0.0,
+        "lock_image_unlocked_groups": 0, "grad_clip_norm": 0.0,
+    }  # fmt: skip
+    for key, low in least.items():
+        value = getattr(args, key)
+        if value is not None and not value >= low:
+            raise UserError(f"--{key.replace('_', '-')} {value} is too small; use {low} or more")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)} is outside 0..1 (1 excluded)")
+    if args.max_bad_fraction > 1:
+        raise UserError(f"--max-bad-fraction {args.max_bad_fraction} is a share; use 0..1")
+    if args.lock_image and args.lock_text:
+        raise UserError("--lock-image and --lock-text together leave nothing to train; drop one")
