@@ -154,7 +154,9 @@ def main() -> int:
     pin_threads(args.threads)
     start, about = time.perf_counter(), machine()
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    print(f"baseline: {BASELINE}; ratio = its time / the row's, quartiles over {args.repeats} rounds")
+    print(
+        f"baseline: {BASELINE}; ratio = its time / the row's, quartiles over {args.repeats} rounds"
+    )
     print(f"\n{'shape':<9} {'B x N x D':<17}{'K':>3}  {'way':<8}  {'variant':<28}ratio")
     rows, equal = [], True
     for case in CASES:

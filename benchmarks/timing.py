@@ -1,7 +1,9 @@
 """Time variants side by side: one call of each a round, in one process, threads pinned.
 
 A machine shared with others moves the same code by a factor between two minutes; the ratio of two
-variants that alternate within the same rounds moves far less. Not here: what is compared.
+variants that alternate within the same rounds moves far less. With one thread the processor time of
+that thread is taken (CPU autograd runs backward in the calling thread), with more the wall clock.
+Not here: what is compared.
 """
 
 import dataclasses
@@ -21,8 +23,8 @@ MIN_REPEATS = 7
 class Timing:
     """Seconds of one variant over the rounds that were kept.
 
-    Fields: median, lower and upper quartile, fastest round; and the median over rounds of this
-    variant's share of the baseline's time in the same round, as baseline / variant (1 for itself).
+    Fields: median, lower and upper quartile, fastest round; and median and quartiles over the rounds
+    of baseline / variant within one round (1 for the baseline itself).
     """
 
     median: float
@@ -46,7 +48,7 @@ def interleave(
     repeats: int = MIN_REPEATS,
     warmup: int = 1,
 ) -> dict[str, Timing]:
-    """Time variants in alternating rounds, each call on the wall clock.
+    """Time variants in alternating rounds.
 
     Args:
         variants: name -> call; each must do its whole work before it returns.
@@ -64,13 +66,14 @@ def interleave(
         raise ValueError(f"repeats = {repeats} (at least {MIN_REPEATS}), baseline = {baseline!r}")
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for turn in range(warmup + repeats):
         # Each round starts with another variant, so that none always follows the same one.
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = clock()
             variants[name]()
-            spent = time.perf_counter() - start
+            spent = clock() - start
             if turn >= warmup:
                 seconds[name].append(spent)
     return {name: _timing(values, seconds[baseline]) for name, values in seconds.items()}
@@ -101,6 +104,7 @@ def machine() -> dict[str, object]:
         "vectors": vectors,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "processor time of the thread" if torch.get_num_threads() == 1 else "wall",
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
     }

@@ -6,6 +6,7 @@ Needs Pillow and numpy only. Not here: what is shown (`page`).
 import base64
 import html
 import io
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,7 +103,8 @@ def line_chart(
     ]
     for y in _ticks(y0, y1):
         parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" class="grid"/>'
+            f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" '
+            'class="grid"/>'
             f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>'
         )
     for x in _ticks(x0, x1):
@@ -134,6 +136,6 @@ def _spread(places: Sequence[float], apart: float) -> list[float]:
     """Move label places so that no two are nearer than `apart`, their order kept."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     moved = list(places)
-    for before, here in zip(order, order[1:], strict=False):
+    for before, here in itertools.pairwise(order):
         moved[here] = max(moved[here], moved[before] + apart)
     return moved

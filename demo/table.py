@@ -101,25 +101,21 @@ def _percent(value: float, decimals: int = 1) -> str:
 def _segmentation(rows: Mapping[str, Mapping[str, float]]) -> str:
     token, last = rows[TOKEN]["miou_two"], rows[LAST]["miou_two"]
     paint = max(rows[painted(TOKEN)]["miou_two"], rows[painted(LAST)]["miou_two"])
-    guess = rows[CHANCE]["miou_two"]
+    start = "Where two things share a picture,"
+    times = f", {last / token:.1f} times as much" if last > token > 0 else ""
     figures = (
-        f"{_percent(last, 2)} mIoU against {_percent(token, 2)} of the CLS token (a blind guess: "
-        f"{_percent(guess, 2)}; each picture painted in one colour: {_percent(paint, 2)})"
+        f"{_percent(last, 2)} mIoU against {_percent(token, 2)} of the CLS token{times} (a blind "
+        f"guess: {_percent(rows[CHANCE]['miou_two'], 2)}; each picture painted in one class: "
+        f"{_percent(paint, 2)})"
     )
     if last > paint and last > token:
-        factor = f", {last / token:.1f} times as much," if token > 0 else ""
-        return (
-            f"Where two objects share a picture, the model trained with LaSt tells them apart: "
-            f"{figures}{factor} from the same pictures and steps."
-        ).replace("),", "), ").replace(",  ", ", ")
+        return f"{start} the model trained with LaSt tells them apart: {figures}."
     if last > token:
         return (
-            f"Where two objects share a picture, LaSt is above the CLS token but not above "
-            f"painting the whole picture in one colour on this seed: {figures}."
+            f"{start} LaSt is above the CLS token but not above painting the whole picture with one "
+            f"class on this seed: {figures}."
         )
-    return (
-        f"Where two objects share a picture, LaSt did not beat the CLS token on this seed: {figures}."
-    )
+    return f"{start} LaSt did not beat the CLS token on this seed: {figures}."
 
 
 def _maps(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -167,8 +163,8 @@ def _half(rows: Mapping[str, Mapping[str, float]]) -> str:
     area = rows[HALF]["auroc"]
     if area < 0.5:
         said = (
-            "turns the maps round: the objects cover fewer patches than K, so ground patches are in "
-            "every mean and the class is written onto them"
+            "turns the maps round: the objects cover fewer patches than K, so ground patches are "
+            "in every mean and the class is written onto them"
         )
     else:
         said = "does not turn the maps round on this seed"

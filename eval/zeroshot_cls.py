@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lazyclip.base.config import write_json
 from lazyclip.base.errors import UserError, cli
 from lazyclip.base.logs import Progress, setup
-from lazyclip.base.record import make_record
+from lazyclip.base.record import make_record, utc_now
 from lazyclip.factory import Built
 from lazyclip.shards import Sample, expand
 from lazyclip.zeroshot import (
@@ -191,6 +191,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     templates(args.templates)
     shards = expand(args.val_data, "--val-data")
     built = load_from_flags(args)
+    record = make_record(
+        "eval.zeroshot_cls", argv, vars(args), device=args.device, dtype=args.precision
+    )
     tally = Tally(args.max_bad)
     scored = _classify(args, built, shards, classes, tally)
     absent = scored.per_class_n.count(0)
@@ -211,9 +214,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         "classes": {"n": len(classes), "absent": absent, "sha256": classes.sha256},
         "templates": args.templates,
         "model": built.info.to_dict(),
-        "record": make_record(
-            "eval.zeroshot_cls", argv, vars(args), device=args.device, dtype=args.precision
-        ),
+        "record": {**record, "end": utc_now()},
     }
     _write_per_class(args.output / "per_class.csv", scored, classes)
     write_json(args.output / "results.json", result)

@@ -20,9 +20,16 @@ def stub(folder: Path, name: str, body: str) -> None:
     file.chmod(0o755)
 
 
-def run(script: str, words: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, words: list[str], folder: Path, **env: str
+) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-    env = {**kept, "PATH": f"{folder / 'bin'}:{kept['PATH']}", "SLURM_SUBMIT_DIR": str(folder), **env}
+    env = {
+        **kept,
+        "PATH": f"{folder / 'bin'}:{kept['PATH']}",
+        "SLURM_SUBMIT_DIR": str(folder),
+        **env,
+    }
     # Started elsewhere, as SLURM runs a copy of the script from its own spool folder.
     return subprocess.run(
         [str(BASH), str(ROOT / "slurm" / script), *words],
@@ -65,7 +72,19 @@ def test_both_scripts_are_there() -> None:
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        (0, ["-m", "eval.zeroshot_seg", "--dataset", "voc20", "--model", "'x*'", "--output", "out/a"]),
+        (
+            0,
+            [
+                "-m",
+                "eval.zeroshot_seg",
+                "--dataset",
+                "voc20",
+                "--model",
+                "'x*'",
+                "--output",
+                "out/a",
+            ],
+        ),
         (1, ["-m", "eval.point_in_box", "--val-data", "shards/{0..1}.tar", "--output", "out/b"]),
         (2, ["-m", "eval.zeroshot_cls", "--output", "out/c"]),
     ],

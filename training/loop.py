@@ -144,7 +144,7 @@ class Loop:
         if seen >= JUDGE_FROM and number > self.run_.args.max_bad_fraction * seen:
             raise UserError(
                 f"{number} of {seen} samples were unusable ({self._reasons()}), more than "
-                f"--max-bad-fraction {self.run_.args.max_bad_fraction:g}; mend the shards, or raise it"
+                f"--max-bad-fraction {self.run_.args.max_bad_fraction:g}; mend the shards or raise it"
             )
 
     def _reasons(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lazyclip.base.errors import UserError
 from lazyclip.base.record import versions
 from lazyclip.factory import ModelInfo
-from lazyclip.shards import expand
+from lazyclip.shards import class_index_of, expand, iterate_samples
 from lazyclip.zeroshot import ClassList, read_classes, templates
 
 from .data.sources import Source, open_source
@@ -95,7 +95,30 @@ def check_val(args: TrainArgs) -> ValData | None:
             'comma list such as --classes "cat, dog"'
         )
     templates(args.templates)
-    return ValData(tuple(shards), read_classes(args.classes), args.templates)
+    val = ValData(tuple(shards), read_classes(args.classes), args.templates)
+    _look_at(val)
+    return val
+
+
+def _look_at(val: ValData) -> None:
+    """Check that the first image has a class that the list names."""
+    first = next(iterate_samples(val.shards[0]), None)
+    target = None if first is None else class_index_of(first)
+    if first is None or target is None:
+        raise UserError(
+            f"--val-data {val.shards[0]}: the first sample has no class; its json needs "
+            "class_index, or add KEY.cls"
+        )
+    check_class(target, first.label, len(val.classes))
+
+
+def check_class(target: int, label: str, classes: int) -> None:
+    """Check a class index against the number of names; raises `UserError` beyond it."""
+    if not 0 <= target < classes:
+        raise UserError(
+            f"--val-data {label} has class {target}, and --classes names {classes}; give one name "
+            "for each class, in index order"
+        )
 
 
 def make_plan(args: TrainArgs, source: Source, place: Place) -> Plan:
@@ -143,8 +166,8 @@ def describe(
         "versions: " + ", ".join(f"{name} {version}" for name, version in known.items()),
         f"device: {place.device}, {place.world} ranks, precision {precision}",
         f"model: {info.name}, weights {args.pretrained or 'random'}, {info.parameters:,} "
-        f"parameters ({trainable:,} trained), activation {info.activation}, image {info.image_size[0]} x "
-        f"{info.image_size[1]} px, {info.grid[0]} x {info.grid[1]} patches",
+        f"parameters ({trainable:,} trained), activation {info.activation}, image "
+        f"{info.image_size[0]} x {info.image_size[1]} px, {info.grid[0]} x {info.grid[1]} patches",
         f"pooling: {pooling}",
         f"data: {len(source.shards)} shards, {plan.samples_per_epoch:,} samples in an epoch, "
         f"{len(source.shards) / lanes:.1f} shards per loader process"

@@ -17,7 +17,7 @@ from lazyclip.zeroshot import class_logits, templates, text_features, topk_corre
 
 from .data.samples import decode_picture
 from .distributed import Place, total
-from .preflight import ValData
+from .preflight import ValData, check_class
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,7 @@ class Probe:
             if content is None or target is None:
                 passed["no picture" if content is None else "no class"] += 1
                 continue
-            if target >= len(self.val.classes):
-                raise UserError(
-                    f"--val-data {sample.label} has class_index {target}, and --classes names "
-                    f"{len(self.val.classes)}; give a line for each class"
-                )
+            check_class(target, sample.label, len(self.val.classes))
             try:
                 images.append(self.transform(decode_picture(content)))
             except ValueError as error:

@@ -19,6 +19,7 @@ from .readers import IGNORE
 
 Pixels = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int64]
+Entry = tuple[str, tuple[int, int, int] | None]  # of the legend; None: no box
 
 OPACITY = 0.6
 PALE = (255, 255, 255)  # where the truth leaves pixels out of the score
@@ -91,21 +92,24 @@ def _enlarge(pixels: Pixels) -> Image.Image:
     return opened.resize((opened.width * factor, opened.height * factor), Image.Resampling.NEAREST)
 
 
-def legend_entries(
-    truth: Ids, prediction: Ids, legend: Legend
-) -> list[tuple[str, tuple[int, ...]]]:
-    """List name and colour of the classes in sight, largest area first, at most `MOST_NAMES`."""
-    seen = np.bincount(np.concatenate([truth.ravel(), prediction.ravel()]), minlength=IGNORE + 1)
-    order = [i for i in np.argsort(-seen, kind="stable") if seen[i] and i < len(legend.names)]
-    entries = [(legend.names[i], tuple(int(v) for v in legend.colours[i])) for i in order]
-    if len(entries) > MOST_NAMES:
-        entries = [*entries[:MOST_NAMES], (f"and {len(order) - MOST_NAMES} more", PALE)]
-    if seen[IGNORE]:
+def legend_entries(truth: Ids, prediction: Ids, legend: Legend) -> list[Entry]:
+    """List the classes in sight: those of the truth first, then by area, at most `MOST_NAMES`."""
+    labelled = np.bincount(truth.ravel(), minlength=IGNORE + 1)
+    seen = labelled + np.bincount(prediction.ravel(), minlength=IGNORE + 1)
+    known = [i for i in range(len(legend.names)) if seen[i]]
+    known.sort(key=lambda i: (labelled[i] == 0, -seen[i]))
+    entries: list[Entry] = []
+    if labelled[IGNORE]:
         entries.append(("left out of the score", PALE))
+    for i in known[:MOST_NAMES]:
+        red, green, blue = (int(v) for v in legend.colours[i])
+        entries.append((legend.names[i], (red, green, blue)))
+    if len(known) > MOST_NAMES:
+        entries.append((f"and {len(known) - MOST_NAMES} more", None))
     return entries
 
 
-def _draw_legend(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> Image.Image:
+def _draw_legend(entries: Sequence[Entry], width: int) -> Image.Image:
     """Draw coloured boxes with names in rows of at most `width` pixels."""
     font = _font()
     places, x, y = [], MARGIN, 0
@@ -118,7 +122,8 @@ def _draw_legend(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> 
     drawn = Image.new("RGB", (width, y + ROW), "white")
     pen = ImageDraw.Draw(drawn)
     for (name, colour), (left, top) in zip(entries, places, strict=True):
-        pen.rectangle((left, top + 3, left + 12, top + 15), fill=colour, outline="black")
+        if colour is not None:
+            pen.rectangle((left, top + 3, left + 12, top + 15), fill=colour, outline="black")
         pen.text((left + 17, top + 1), name, fill="black", font=font)
     return drawn
 

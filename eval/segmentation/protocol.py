@@ -213,8 +213,9 @@ def _check(protocol: Protocol, where: str) -> None:
         raise UserError(f"{where}: std is {protocol.std}; all three must be above 0")
     if (protocol.threshold or protocol.area) and not protocol.background:
         raise UserError(
-            f"{where}: threshold {protocol.threshold:g} and area {protocol.area:g}: {protocol.dataset} "
-            "has no background class that they could assign (class 0 is a real one); set both to 0"
+            f"{where}: threshold {protocol.threshold:g} and area {protocol.area:g}: "
+            f"{protocol.dataset} has no background class that they could assign (class 0 is a "
+            "real one); set both to 0"
         )
 
 

@@ -61,7 +61,7 @@ def resize_image(image: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDA
     """
     if image.shape[:2] == size:
         return image
-    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # a copy: writable
     resized = upsample(planes, size).round().clamp(0, 255).to(torch.uint8)
     return resized.permute(1, 2, 0).contiguous().numpy()
 

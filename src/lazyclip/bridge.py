@@ -143,6 +143,8 @@ def refusal(trunk: nn.Module) -> str | None:
 def set_pooling(trunk: nn.Module, spec: PoolSpec) -> None:
     """Give a tower a pooling of ours, in place; what cannot take one raises `UserError`."""
     reason = refusal(trunk)
+    if not reason and spec.pooling == "token" and getattr(trunk, "num_prefix_tokens", 1) == 0:
+        reason = f"{type(trunk).__name__} was built without a CLS token; use mean, max or last"
     if reason:
         raise UserError(f"pooling '{spec.pooling}' cannot be attached: {reason}")
     if type(trunk) in _LAST_CLASS:
@@ -207,8 +209,10 @@ def final_tokens(trunk: nn.Module, images: Tensor) -> tuple[Tensor, int, tuple[i
         Patch dropout is left out: every patch has its token.
     """
     (_, patch, grid) = geometry(trunk)
+    if images.ndim != 4:
+        raise ValueError(f"images must be B x 3 x H x W; got {tuple(images.shape)}")
     height, width = images.shape[-2:]
-    if images.ndim != 4 or height % patch[0] or width % patch[1] or not height or not width:
+    if height % patch[0] or width % patch[1] or not height or not width:
         raise UserError(
             f"images of {height} x {width} pixels do not divide into patches of "
             f"{patch[0]} x {patch[1]}; cut or pad the sides to multiples of the patch"
@@ -217,7 +221,7 @@ def final_tokens(trunk: nn.Module, images: Tensor) -> tuple[Tensor, int, tuple[i
     if isinstance(trunk, VisionTransformer):
         return _native_tokens(trunk, images, size), 1, size
     timm_trunk = cast(Any, trunk)
-    with _dynamic_size(timm_trunk, size != grid):
+    with _whole_grid(timm_trunk), _other_grid(timm_trunk, size, size != grid):
         return timm_trunk.forward_features(images), int(timm_trunk.num_prefix_tokens), size
 
 
@@ -234,8 +238,8 @@ def resize_positions(
 ) -> Tensor:
     """Interpolate position embeddings from one patch grid to another, by height and width.
 
-    Bicubic with antialias, as open_clip resizes on loading, so that a tower loaded at a size and one
-    called at that size agree. Equal counts with other shapes (7 x 28 and 14 x 14) differ.
+    Bicubic with antialias, as open_clip resizes on loading, so that a tower loaded at a size and
+    one called at that size agree. Equal counts with other shapes (7 x 28 and 14 x 14) differ.
 
     Args:
         positions: (P + N) x D.
@@ -255,17 +259,37 @@ def resize_positions(
 
 
 @contextlib.contextmanager
-def _dynamic_size(trunk: Any, needed: bool) -> Iterator[None]:
-    """Switch on timm's own handling of other input sizes for the time of one call."""
+def _whole_grid(trunk: Any) -> Iterator[None]:
+    """Leave a timm tower's patch dropout out for the time of one call."""
+    drop = getattr(trunk, "patch_drop", None)
+    if drop is None or not drop.training:
+        yield
+        return
+    drop.training = False
+    try:
+        yield
+    finally:
+        drop.training = True
+
+
+@contextlib.contextmanager
+def _other_grid(trunk: Any, size: tuple[int, int], needed: bool) -> Iterator[None]:
+    """Switch on timm's own handling of another grid (h, w) for the time of one call."""
     if not needed:
         yield
         return
-    embed = trunk.patch_embed
-    fields = (trunk, "dynamic_img_size", True), (embed, "strict_img_size", False)
+    embed, rope = trunk.patch_embed, getattr(trunk, "rope", None)
+    fields = [(trunk, "dynamic_img_size", True), (embed, "strict_img_size", False)]
     # With dynamic sizes timm expects the patches as B x h x w x D.
-    fields += (embed, "flatten", False), (embed, "output_fmt", type(embed.output_fmt)("NHWC"))  # type: ignore[assignment]
+    fields += [(embed, "flatten", False), (embed, "output_fmt", type(embed.output_fmt)("NHWC"))]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in fields]
+    if getattr(rope, "feat_shape", None) is not None:
+        # Built for one grid, rotary positions are kept for it, whatever grid a call asks for.
+        before.append((rope, "feat_shape", rope.feat_shape))
+        before += [(rope, name, value) for name, value in rope.named_buffers(recurse=False)]
     try:
+        if rope is not None:
+            rope.update_feat_shape(list(size))
         for owner, name, value in fields:
             setattr(owner, name, value)
         yield
@@ -275,7 +299,7 @@ def _dynamic_size(trunk: Any, needed: bool) -> Iterator[None]:
 
 
 def project(model: nn.Module, x: Tensor) -> Tensor:
-    """Carry tower features into the joint space by the tower's own projection, ... x D to ... x E."""
+    """Carry tower features into the joint space by the tower's projection, ... x D to ... x E."""
     visual = cast(Any, getattr(model, "visual", model))
     trunk = cast(Any, trunk_of(model))
     if isinstance(trunk, VisionTransformer):
@@ -326,10 +350,9 @@ def install(
 
     create = make_create(plain_create)
     for wrapper, plain in ((build_vision_tower, plain_builder), (create, plain_create)):
-        wrapper.lazyclip_plain = plain  # type: ignore[attr-defined]
-        wrapper.__wrapped__ = plain  # type: ignore[attr-defined]
-    _model._build_vision_tower = build_vision_tower
-    _factory.create_model = create
+        vars(wrapper).update(lazyclip_plain=plain, __wrapped__=plain)
+    vars(_model)["_build_vision_tower"] = build_vision_tower
+    vars(_factory)["create_model"] = create
     open_clip.create_model = create
 
 
@@ -386,5 +409,5 @@ def preprocess_of(model: nn.Module) -> dict[str, Any]:
 
 def context_length_of(model: nn.Module) -> int:
     """Return the number of text positions."""
-    owner = model if hasattr(model, "context_length") else cast(Any, model).text
+    owner: Any = model if hasattr(model, "context_length") else model.text
     return int(owner.context_length)

@@ -334,7 +334,7 @@ def _create(
         log.warning("%s records neither activation nor pooling", found.path)
     elif found.passport.last.get("pooling") != "token":
         log.warning(
-            "%s was trained with pooling '%s' and runs in the plain %s, which pools by its CLS token",
+            "%s was trained with pooling '%s'; the plain %s pools by its CLS token",
             found.path, found.passport.last.get("pooling"), asked,
         )  # fmt: skip
     return model, found.path

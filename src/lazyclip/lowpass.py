@@ -92,7 +92,7 @@ def low_pass(x: Tensor, sigma: float | None = None, kernel: Kernel = "centred") 
     width = x.shape[-1]
     deviation = resolve_sigma(sigma, width)
     x = x if x.dtype == torch.float64 else x.float()
-    if math.isinf(deviation):
+    if math.isinf(deviation) or x.numel() == 0:  # MKL refuses an empty transform
         return x
     # Autocast is switched off: a transform in bf16 would change which patches are picked.
     with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False):

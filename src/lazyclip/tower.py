@@ -18,8 +18,8 @@ from lazyclip.pooling import PoolSpec, Score, pool_tokens, resolve_k
 class Tokens(NamedTuple):
     """A tower's output after its final norm, before the projection.
 
-    Fields: patches B x N x D; prefix B x P x D (CLS first); pooled B x D, by the tower's own pooling;
-    grid (h, w) with h * w = N.
+    Fields: patches B x N x D; prefix B x P x D (CLS first); pooled B x D, by the tower's own
+    pooling; grid (h, w) with h * w = N.
     """
 
     patches: Tensor
@@ -39,8 +39,8 @@ def attach_spec(model: nn.Module, spec: PoolSpec) -> nn.Module:
         resolve_k(spec.k, h * w)
     except ValueError:
         raise UserError(
-            f"--last-k {spec.k} exceeds the {h * w} patches of this tower at {height} x {width} px; "
-            f"use 1..{h * w}, or a fraction such as 0.5"
+            f"--last-k {spec.k} exceeds the {h * w} patches of this tower at {height} x {width} "
+            f"px; use 1..{h * w}, or a fraction such as 0.5"
         ) from None
     bridge.set_pooling(trunk, spec)
     return model

@@ -151,8 +151,8 @@ def fetch_tag(name: str, tag: str, cache_dir: str | None = None) -> Path:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
         raise UserError(
             f"the weights '{tag}' of {name} ({source}) could not be downloaded "
-            f"({type(error).__name__}: {reason}); fetch that file where there is a network and pass "
-            "its path as --pretrained"
+            f"({type(error).__name__}: {reason}); fetch that file where there is a network and "
+            "pass its path as --pretrained"
         ) from error
     if not path:
         raise UserError(f"the tag '{tag}' of {name} names no file that open_clip can fetch")
@@ -266,14 +266,18 @@ def _some(keys: list[str], most: int = 4) -> str:
     return ", ".join(sorted(keys)[:most]) + more
 
 
+def _sizes(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
 def load_state(model: nn.Module, weights: WeightFile, name: str) -> None:
-    """Load a state dict strictly; one renamed, missing or misshapen tensor is an error listing it."""
+    """Load a state dict strictly; a renamed, missing or misshapen tensor is an error listing it."""
     state = bridge.adapt_state_dict(model, weights.state)
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
     shapes = [
-        f"{key} ({'x'.join(map(str, state[key].shape))} instead of {'x'.join(map(str, own[key].shape))})"
+        f"{key} ({_sizes(state[key])} instead of {_sizes(own[key])})"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]

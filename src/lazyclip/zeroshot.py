@@ -79,7 +79,9 @@ def class_list(lines: Iterable[str]) -> ClassList:
 
 def _from_words(classes: Iterable[Sequence[str]]) -> ClassList:
     """Make a class list from each class's queries."""
-    names, queries, owners = [], [], []
+    names: list[str] = []
+    queries: list[str] = []
+    owners: list[int] = []
     for index, words in enumerate(classes):
         if not words:
             raise UserError(f"class {index} has no name; write one class a line")

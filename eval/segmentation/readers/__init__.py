@@ -51,6 +51,7 @@ def check_files(reader: Reader, names: Sequence[str]) -> None:
         missing = [place(name) for name in names if not place(name).is_file()]
         if missing:
             raise UserError(
-                f"{len(missing)} of {len(names)} ids of the split have no {what}; the first "
-                f"expected is {missing[0]}; complete the data set, or name another list with --split"
+                f"{len(missing)} of {len(names)} ids of the split have no {what}; "
+                f"the first expected is {missing[0]}; complete the data set, or name another list "
+                "with --split"
             )

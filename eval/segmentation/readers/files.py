@@ -104,5 +104,6 @@ def check_pair(image: npt.NDArray[np.uint8], label: Labels, file: Path, turned: 
         why = " (the picture's EXIF orientation turned it)" if turned else ""
         raise UserError(
             f"{file}: picture is {image.shape[1]}x{image.shape[0]}{why}, its label "
-            f"{label.shape[1]}x{label.shape[0]}; labels are never resized, so use the pair of one size"
+            f"{label.shape[1]}x{label.shape[0]}; labels are never resized, so use "
+            "the pair that has one size"
         )

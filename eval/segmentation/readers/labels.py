@@ -54,7 +54,7 @@ def to_ids(stored: Labels, rule: str, classes: int, file: Path) -> Labels:
         listed = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise UserError(
             f"{file}: {int(counts.sum())} pixels hold label ids {listed}; expected "
-            f"0..{classes - 1 + shift} and 255 (rule {rule}, {classes} classes); use the benchmark's "
-            "own label files, or the data set's name that has these classes"
+            f"0..{classes - 1 + shift} and 255 (rule {rule}, {classes} classes); use the "
+            "benchmark's own label files, or the data set's name that has these classes"
         )
     return ids

@@ -51,7 +51,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; raises `UserError` naming file and line when it cannot."""
     try:
         with path.open(encoding="utf-8") as stream:
-            loaded = yaml.load(stream, Loader=_StrictLoader)  # noqa: S506  a SafeLoader subclass
+            loaded = yaml.load(stream, Loader=_StrictLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
