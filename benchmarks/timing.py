@@ -23,8 +23,8 @@ MIN_REPEATS = 7
 class Timing:
     """Seconds of one variant over the rounds that were kept.
 
-    Fields: median, lower and upper quartile, fastest round; and median and quartiles over the rounds
-    of baseline / variant within one round (1 for the baseline itself).
+    Fields: median, lower and upper quartile, fastest round; then median and quartiles of
+    baseline / variant, each taken within one round (1 for the baseline itself).
     """
 
     median: float

@@ -110,7 +110,7 @@ OUTLINES: dict[str, Callable[[Floats, Floats], Masks]] = {
 @functools.cache
 def _geometry() -> tuple[Floats, Floats]:
     """Return area of each outline (8) and its reach in 360 directions (8 x 360), in units."""
-    axis = np.linspace(-1.5, 1.5, 601)
+    axis = np.linspace(-1.5, 1.5, 601, dtype=np.float32)
     v, u = np.meshgrid(axis, axis, indexing="ij")
     degrees = np.deg2rad(np.arange(360))
     areas, reaches = [], []
@@ -167,17 +167,18 @@ def object_masks(objects: Objects) -> Masks:
     return masks
 
 
-def object_colours(objects: Objects) -> Floats:
-    """Return the fills over whole pictures, n x 64 x 64 x 3 in 0..1; masks cut them out."""
-    u, v = _rotated(*_pixels(), objects.turn)
-    u = u / objects.period[:, None, None] + objects.phase[:, 0, None, None]
-    v = v / objects.period[:, None, None] + objects.phase[:, 1, None, None]
+def paint(pictures: Floats, objects: Objects, masks: Masks) -> None:
+    """Put the fills of objects into pictures n x 64 x 64 x 3 in 0..1, in place, where masks say."""
+    row, y, x = np.nonzero(masks)
+    cos, sin, period = np.cos(objects.turn), np.sin(objects.turn), objects.period[row]
+    u = (x * cos[row] + y * sin[row]) / period + objects.phase[row, 0]
+    v = (y * cos[row] - x * sin[row]) / period + objects.phase[row, 1]
     striped = np.mod(u, 1) < 0.5
     dotted = np.hypot(np.mod(u, 1) - 0.5, np.mod(v, 1) - 0.5) < 0.31
-    fill = objects.fill[:, None, None]
-    second = np.where(fill == 1, striped, (fill == 2) & dotted)
-    first = np.array(list(COLOURS.values()), np.float32)[objects.colour][:, None, None, :]
-    return np.where(second[..., None], np.array(OFF_WHITE, np.float32), first)
+    fill = objects.fill[row]
+    second = ((fill == 1) & striped) | ((fill == 2) & dotted)
+    first = np.array(list(COLOURS.values()), np.float32)[objects.colour[row]]
+    pictures[row, y, x] = np.where(second[:, None], np.array(OFF_WHITE, np.float32), first)
 
 
 def _pattern(name: str, x: Floats, y: Floats) -> Floats:
@@ -218,8 +219,8 @@ def background_colours(grounds: Backgrounds) -> Floats:
         chosen = grounds.texture == texture
         light[chosen] = _pattern(PATTERNS[texture % len(PATTERNS)], x[chosen], y[chosen])
     value = VALUE + grounds.contrast[:, None, None] * (light - 0.5)
-    tint = hue_rgb(grounds.texture / np.float32(TEXTURES), SATURATION)
-    return value[..., None] * tint[:, None, None, :]
+    tint = hue_rgb((grounds.texture / TEXTURES).astype(np.float32), SATURATION)
+    return (value[..., None] * tint[:, None, None, :]).astype(np.float32)
 
 
 def compose(
@@ -238,14 +239,15 @@ def compose(
     """
     pictures = background_colours(grounds)
     for item, mask in zip(objects, masks, strict=True):
-        pictures = np.where(mask[..., None], object_colours(item), pictures)
+        paint(pictures, item, mask)
     pictures += NOISE * rng.standard_normal(pictures.shape, dtype=np.float32)
     return np.round(pictures.clip(0, 1) * 255).astype(np.uint8)
 
 
 def mask_boxes(masks: Masks) -> Ints:
     """Return the boxes of masks, n x 4: x0 y0 x1 y1, 0-based, inclusive."""
-    columns, rows = masks.any(axis=1), masks.any(axis=2)
+    columns: Masks = np.any(masks, axis=1)
+    rows: Masks = np.any(masks, axis=2)
     last = SIDE - 1
     return np.stack(
         [

@@ -112,8 +112,8 @@ def _segmentation(rows: Mapping[str, Mapping[str, float]]) -> str:
         return f"{start} the model trained with LaSt tells them apart: {figures}."
     if last > token:
         return (
-            f"{start} LaSt is above the CLS token but not above painting the whole picture with one "
-            f"class on this seed: {figures}."
+            f"{start} LaSt is above the CLS token but not above painting the whole picture with "
+            f"one class on this seed: {figures}."
         )
     return f"{start} LaSt did not beat the CLS token on this seed: {figures}."
 

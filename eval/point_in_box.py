@@ -185,14 +185,19 @@ def table(rows: Sequence[Row], name: str) -> str:
     text = []
     for row in rows:
         left = ", ".join(f"{count} {reason}" for reason, count in row.excluded.items()) or "none"
-        text.append(f"{row.filter}: {row.n} images (excluded: {left}; {row.no_centre} boxes hold no "
-                    "patch centre)")  # fmt: skip
+        text.append(
+            f"{row.filter}: {row.n} images (excluded: {left}; {row.no_centre} boxes hold no patch "
+            "centre)"
+        )
         text.append(f"{'':<{width}}  {'PiB':>5}  interval")
-        lines = [(name, row.pib, row.interval)]
-        if row.untrained is not None:
-            lines.append(("untrained", row.untrained, row.untrained_interval))
-        lines += [("centre patch", row.centre, None), ("chance", row.chance, None)]
-        for label, share, interval in lines:
+        for label, share, interval in (
+            (name, row.pib, row.interval),
+            ("untrained", row.untrained, row.untrained_interval),
+            ("centre patch", row.centre, None),
+            ("chance", row.chance, None),
+        ):
+            if share is None:
+                continue
             span = "" if interval is None else f"{100 * interval[0]:.1f} .. {100 * interval[1]:.1f}"
             text.append(f"{label:<{width}}  {100 * share:>5.1f}  {span}".rstrip())
         text.append("")
@@ -200,9 +205,14 @@ def table(rows: Sequence[Row], name: str) -> str:
 
 
 def save_maps(path: Path, found: Found) -> None:
-    """Write keys, scores B x h x w, votes (empty unless the pooling is `last`), boxes and hits."""
+    """Write the maps of all scored pictures, whole or not at all.
+
+    Arrays: keys B; scores B x h x w float32; votes B x h x w, empty unless the pooling is `last`;
+    boxes B x 4, view pixels, half open; hit B; filters F, and taken F x B, which takes which.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    taken = np.array([found.taken[name] for name in found.taken])
     with part.open("wb") as stream:
         np.savez_compressed(
             stream,
@@ -211,7 +221,8 @@ def save_maps(path: Path, found: Found) -> None:
             votes=torch.stack(found.votes).numpy() if found.votes else np.zeros((0, 0, 0), int),
             boxes=np.array(found.boxes, dtype=np.float64),
             hit=np.array(found.hit),
-            **{f"taken_{name}": np.array(yes) for name, yes in found.taken.items()},
+            filters=np.array(list(found.taken)),
+            taken=taken,
         )
     part.replace(path)
     log.info("maps of %d images written to %s", len(found.keys), path)

@@ -144,7 +144,12 @@ class Net:
 
 
 def net_scores(
-    net: Net, images: Tensor, targets: Sequence[int], settings: Settings, precision: str = "fp32"
+    net: Net,
+    images: Tensor,
+    targets: Sequence[int],
+    settings: Settings,
+    precision: str = "fp32",
+    with_votes: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Score the patches of images with one net.
 
@@ -154,9 +159,10 @@ def net_scores(
         targets: class of each image, read for q `text` only.
         settings: of the measurement.
         precision: `fp32`, or `amp_bf16` for the tower; cosines are float32 in both.
+        with_votes: count votes too, where the pooling is `last`.
 
     Returns:
-        Scores B x N float32 and votes B x N int64 (None unless the pooling is `last`), on the CPU.
+        Scores B x N float32, and votes B x N int64 or None, on the CPU.
 
     Raises:
         UserError: scores that are not finite.
@@ -173,7 +179,7 @@ def net_scores(
     with torch.inference_mode():
         spec = pooling_of(net.model)
         votes = None
-        if spec.pooling == "last":
+        if with_votes and spec.pooling == "last":
             votes = vote_count(
                 tokens.patches, spec.k, score=spec.score, sigma=spec.sigma, kernel=spec.kernel,
                 eps=spec.eps,
@@ -283,9 +289,10 @@ def _measure_batch(
     targets = [case.target for case in kept]
     images = images.to(device)
     for place, net in enumerate(nets):
-        scores, votes = net_scores(net, images, targets, settings, precision)
+        maps = keep_maps and not place
+        scores, votes = net_scores(net, images, targets, settings, precision, maps)
         (found.untrained if place else found.hit).extend(point_in_box(scores, hits).tolist())
-        if keep_maps and not place:
+        if maps:
             found.scores += list(scores.reshape(-1, *grid))
             found.votes += [] if votes is None else list(votes.reshape(-1, *grid))
 

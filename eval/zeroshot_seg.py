@@ -16,9 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lazyclip.base.config import write_json
 from lazyclip.base.errors import UserError, cli
-from lazyclip.base.logs import setup
+from lazyclip.base.logs import Progress, setup
 from lazyclip.base.record import make_record, shorten, utc_now
 from lazyclip.base.resources import config_names
 from lazyclip.dense import METHODS
@@ -42,6 +45,7 @@ EXAMPLE = (
     f"python -m {MODULE} --dataset voc20 --model ViT-B-16-quickgelu --pretrained openai "
     "--data-root data"
 )
+TEXTS = 256  # encoded in one pass
 SAME = 2e-3  # means and deviations of 0..1 closer than this differ by rounding only
 
 
@@ -210,14 +214,25 @@ def _pooling_words(pooling: Mapping[str, object]) -> str:
     return f"last k {pooling['k']} score {pooling['score']}"
 
 
+def _encode_queries(built: Built, task: Task) -> Tensor:
+    """Encode the prompts of all queries, Q x E, with progress: on a CPU this takes its time."""
+    queries, prompts = task.classes.queries, task.templates
+    log.info("encoding %d queries x %d templates", len(queries), len(prompts))
+    progress = Progress(len(queries), "queries")
+    few = max(1, TEXTS // len(prompts))
+    parts = []
+    for start in range(0, len(queries), few):
+        some = queries[start : start + few]
+        parts.append(text_features(built.model, built.tokenizer, some, prompts, TEXTS))
+        progress.update(len(some))
+    return torch.cat(parts)
+
+
 def score_model(job: Job, built: Built, args: argparse.Namespace) -> Counts:
     """Encode the prompts and segment all images; returns the counts C x C."""
-    queries, prompts = job.task.classes.queries, job.task.templates
-    texts = len(queries) * len(prompts)
-    log.info("encoding %d texts: %d queries, %d templates", texts, len(queries), len(prompts))
     maps = cosine_maps(
         built.model,
-        text_features(built.model, built.tokenizer, queries, prompts),
+        _encode_queries(built, job.task),
         patch=built.info.patch_size,
         method=args.method,
         device=args.device,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo import draw, jobs, look, page, run, table
+from demo import commands, draw, examples, jobs, look, page, run, table
 from demo.jobs import Job, JobError, run_jobs
 from demo.table import CENTRE, CHANCE, COLUMNS, HALF, LAST, MAJORITY, TOKEN, UNTRAINED, Figure
 from demo.world import Sizes, make_world, palette
@@ -164,11 +164,11 @@ def test_the_colour_map_grows_lighter_throughout_and_clips():
 
 def test_a_chart_labels_each_line_and_leaves_empty_ones_out():
     svg = draw.line_chart(
-        [("a & b", [0, 10], [1.0, 2.0]), ("none", [], [])], title="t", x_title="x", y_title="y"
+        [("a & b", [0, 10], [1.0, 2.0]), ("absent", [], [])], title="t", x_title="x", y_title="y"
     )
     assert svg.count("<polyline") == 1
     assert "a &amp; b" in svg
-    assert "none" not in svg
+    assert "absent" not in svg
     assert "<polyline" not in draw.line_chart([], title="t", x_title="x", y_title="y")
 
 
@@ -231,8 +231,11 @@ def test_a_foreign_folder_ends_the_demo_with_code_2(tmp_path, capsys):
 
 
 def test_trainings_differ_in_pooling_and_name_alone():
-    places = run.Places(run.OUTPUT)
-    words = [run.training_job(arm, places, 0, Sizes()).words for arm in (*run.ARMS, *run.EXTRA)]
+    places = commands.Places(run.OUTPUT)
+    words = [
+        commands.training_job(arm, places, 0, Sizes()).words
+        for arm in (*commands.ARMS, *commands.EXTRA)
+    ]
     settings = [params.parse(list(w)).args for w in words]
     assert {s.last_pooling for s in settings} == {"token", "last", "mean", "max"}
     assert {s.last_k for s in settings} == {None, "1", "8", "32"}
@@ -246,16 +249,16 @@ def test_trainings_differ_in_pooling_and_name_alone():
 
 
 def test_scoring_commands_name_the_arm_or_random_weights():
-    places = run.Places(run.OUTPUT)
-    trained = run.scoring_jobs(run.ARMS[1], places, 4)
-    assert set(trained) == {kind for kind, _ in run.SOURCES.values()}
+    places = commands.Places(run.OUTPUT)
+    trained = commands.scoring_jobs(commands.ARMS[1], places, 4)
+    assert set(trained) == {kind for kind, _ in commands.SOURCES.values()}
     assert "--model out/demo/logs/last/model" in trained["cls"].command
-    blank = run.scoring_jobs(run.BLANK[1], places, 4)["seg-two"]
+    blank = commands.scoring_jobs(commands.BLANK[1], places, 4)["seg-two"]
     assert "--random-weights --seed 4 --last-pooling last --last-k 1" in blank.command
     args = zeroshot_seg.make_parser().parse_args(list(blank.words))
     assert str(args.save_predictions) == "out/demo/results/untrained-last/seg-two/masks"
-    outputs = [j.words[-1] for arm in (*run.ARMS, *run.BLANK)
-               for j in run.scoring_jobs(arm, places, 0).values()]  # fmt: skip
+    outputs = [j.words[-1] for arm in (*commands.ARMS, *commands.BLANK)
+               for j in commands.scoring_jobs(arm, places, 0).values()]  # fmt: skip
     assert len(set(outputs)) == len(outputs)
 
 
@@ -309,7 +312,7 @@ def fabricate(folder, arms, figures):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    fabricate(folder, run.ARMS, figures_of(GOOD))
+    fabricate(folder, commands.ARMS, figures_of(GOOD))
     return page.write_page(folder).read_text(encoding="utf-8")
 
 
@@ -343,7 +346,7 @@ def test_the_page_admits_its_limits(report):
 
 
 def test_more_arms_are_shown_below_with_their_sentence(tmp_path):
-    arms = (*run.ARMS, run.EXTRA[1])
+    arms = (*commands.ARMS, commands.EXTRA[1])
     rows = {**GOOD, HALF: {"auroc": 0.01, "miou_two": 0.04, "top1": 0.96}}
     fabricate(tmp_path, arms, figures_of(rows))
     text = page.write_page(tmp_path).read_text(encoding="utf-8")
@@ -353,7 +356,7 @@ def test_more_arms_are_shown_below_with_their_sentence(tmp_path):
 
 
 def test_maps_of_all_models_share_one_range_and_masks_the_palette(tmp_path):
-    fabricate(tmp_path, run.ARMS, figures_of(GOOD))
+    fabricate(tmp_path, commands.ARMS, figures_of(GOOD))
     for name, value in (("token", 0.2), ("last", 0.8)):
         file = tmp_path / "results" / name / "look" / "two.npz"
         with np.load(file) as stored:
@@ -362,7 +365,9 @@ def test_maps_of_all_models_share_one_range_and_masks_the_palette(tmp_path):
         np.savez(file, **arrays)
     masks = tmp_path / "results" / "last" / "seg-two" / "masks"
     Image.fromarray(np.full((64, 64), 3, np.uint8)).save(masks / "000000.png")
-    text = page.examples(tmp_path, [page.Shown(a.name, a.label) for a in run.ARMS], "two", 1)
+    text = examples.examples(
+        tmp_path, [examples.Shown(a.name, a.label) for a in commands.ARMS], "two", 1
+    )
     assert "patch score 0.20 to 0.80" in text
     low, high = (draw.colour_map(np.full((8, 8), v), 0.2, 0.8) for v in (0.2, 0.8))
     assert draw.png_uri(low) in text

@@ -10,8 +10,9 @@ import open_clip
 import pytest
 from PIL import Image
 
-from demo import scene, world
-from demo.world import CLASSES, OWN_TEXTURE, Sizes, draw_single, draw_two, make_world
+from demo import scene, sets
+from demo.sets import CLASSES, OWN_TEXTURE, draw_single, draw_two
+from demo.world import Sizes, make_world
 from eval.segmentation.protocol import read_task
 from eval.segmentation.readers import READERS, to_ids
 from lazyclip.shards import expand, iterate_samples, read_json_part
@@ -78,7 +79,7 @@ def test_own_texture_comes_in_seven_of_ten_training_pictures_and_never_or_always
 
 def test_the_other_textures_are_drawn_evenly():
     owned = np.full((11000, 1), 4)
-    counts = np.bincount(world._other_texture(owned, np.random.default_rng(0)), minlength=12)
+    counts = np.bincount(sets._other_texture(owned, np.random.default_rng(0)), minlength=12)
     assert counts[4] == 0
     assert np.delete(counts, 4).min() > 850
     assert np.delete(counts, 4).max() < 1150
@@ -105,10 +106,10 @@ def test_boxes_are_the_bounds_of_the_masks(root):
 def test_masks_are_exactly_the_pixels_the_object_paints(shape):
     n = 6
     rng = np.random.default_rng(shape)
-    objects, _ = world._draw_objects(n, np.zeros(n, np.int64), rng)
+    objects, _ = sets._draw_objects(n, np.zeros(n, np.int64), rng)
     objects = scene.Objects(**{**vars(objects), "shape": np.full(n, shape)})
     masks = scene.object_masks(objects)
-    grounds = world._draw_grounds(np.arange(n), rng)
+    grounds = sets._draw_grounds(np.arange(n), rng)
     blue = scene.Objects(**{**vars(objects), "colour": np.full(n, 2)})
     red, other = (
         scene.compose(grounds, [item], [masks], np.random.default_rng(1))
@@ -136,7 +137,7 @@ def test_a_circle_is_the_pixels_whose_centres_are_within_its_radius():
 
 
 def test_objects_lie_inside_the_picture():
-    objects, bounds = world._draw_objects(400, np.zeros(400, np.int64), np.random.default_rng(2))
+    objects, bounds = sets._draw_objects(400, np.zeros(400, np.int64), np.random.default_rng(2))
     boxes = scene.mask_boxes(scene.object_masks(objects))
     assert bounds.min() >= -1e-3
     assert bounds.max() <= 64 + 1e-3
@@ -173,8 +174,8 @@ def test_a_texture_has_its_hue():
 
 def test_there_are_768_captions_and_none_is_cut_by_a_context_of_16():
     captions = {
-        world.caption_of(c, s, t)
-        for c, s, t in itertools.product(range(12), range(8), range(len(world.CAPTIONS)))
+        sets.caption_of(c, s, t)
+        for c, s, t in itertools.product(range(12), range(8), range(len(sets.CAPTIONS)))
     }
     assert len(captions) == 768
     tokens = open_clip.SimpleTokenizer(context_length=20)(sorted(captions))
@@ -183,13 +184,12 @@ def test_there_are_768_captions_and_none_is_cut_by_a_context_of_16():
 
 
 def test_prompts_look_like_captions():
-    assert len(world.PROMPTS) == 8
-    prompts = {prompt.format("striped red") for prompt in world.PROMPTS}
+    assert len(sets.PROMPTS) == 8
+    prompts = {prompt.format("striped red") for prompt in sets.PROMPTS}
     assert len(prompts) == 8
     assert "a photo of a striped red circle" in prompts
     captions = {
-        world.caption_of(1, s, t)
-        for s, t in itertools.product(range(8), range(len(world.CAPTIONS)))
+        sets.caption_of(1, s, t) for s, t in itertools.product(range(8), range(len(sets.CAPTIONS)))
     }
     assert prompts <= captions
 

@@ -54,7 +54,9 @@ def test_palette_labels_are_read_by_index(tmp_path):
 
 def test_colour_coded_labels_are_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
-    with pytest.raises(UserError, match=r"rgb\.png has mode RGB; expected an 8-bit palette or grey"):
+    with pytest.raises(
+        UserError, match=r"rgb\.png has mode RGB; expected an 8-bit palette or grey"
+    ):
         read_labels(tmp_path / "rgb.png")
 
 

@@ -78,7 +78,9 @@ def test_windows_equal_the_reference_and_cover_the_image(height, width, window, 
     assert [tuple(b) for b in boxes] == [
         (b[0], b[1], b[2], b[3]) for b in reference.windows(height, width, window, stride)
     ]
-    assert {(b.y1 - b.y0, b.x1 - b.x0) for b in boxes} == {(min(height, window), min(width, window))}
+    assert {(b.y1 - b.y0, b.x1 - b.x0) for b in boxes} == {
+        (min(height, window), min(width, window))
+    }
     covered = np.zeros((height, width), dtype=bool)
     for b in boxes:
         covered[b.y0 : b.y1, b.x0 : b.x1] = True
@@ -114,7 +116,7 @@ def test_resized_pictures_are_within_one_grey_level_of_the_reference(kind, size)
     assert ours.shape == (*size, 3)
     apart = np.abs(ours.astype(int) - reference.resize_uint8(picture, *size).astype(int))
     assert apart.max() <= 1
-    assert (apart > 0).mean() < 0.02  # rounding at exact halves
+    assert (apart > 0).mean() < 0.005  # float32 against float64 at halves
 
 
 @pytest.mark.parametrize("kind", ["noise", "smooth"])

@@ -77,8 +77,9 @@ def _register() -> None:
         last["vision_cfg"]["last"] = {"pooling": "last", "k": 0.5}
         for name, config in ((kind, plain), (f"LaSt-{kind}", last)):
             Path(_FOLDER.name, f"{name}.json").write_text(json.dumps(config))
-        quick = {**plain, "quick_gelu": True}
-        Path(_FOLDER.name, f"{kind}-quickgelu.json").write_text(json.dumps(quick))
+        for name, config in ((f"{kind}-quickgelu", plain), (f"LaSt-{kind}-quickgelu", last)):
+            quick = {**config, "quick_gelu": True}
+            Path(_FOLDER.name, f"{name}.json").write_text(json.dumps(quick))
     open_clip.add_model_config(_FOLDER.name)
 
 

@@ -71,7 +71,9 @@ def make_voc(
         Image.fromarray(picture).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
         palette_png(folder / "SegmentationClass" / f"{name}.png", label)
     for split, listed in (lists or {"val": ids}).items():
-        (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(listed) + "\n")
+        (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(
+            "\n".join(listed) + "\n"
+        )
     return folder
 
 

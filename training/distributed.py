@@ -7,6 +7,7 @@ Not here: what is gathered (`objectives`).
 import contextlib
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +102,15 @@ def total(value: Tensor, place: Place) -> Tensor:
     summed = value.detach().clone()
     dist.all_reduce(summed)
     return summed
+
+
+def counted(counter: Counter[str], place: Place) -> Counter[str]:
+    """Return the sum of a counter over the ranks."""
+    if place.world == 1:
+        return counter
+    parts: list[Counter[str]] = [Counter()] * place.world
+    dist.all_gather_object(parts, counter)
+    return sum(parts, Counter())
 
 
 def current_rank() -> int:

@@ -25,7 +25,7 @@ from lazyclip.factory import ModelInfo
 
 from .data.batches import Batch
 from .data.samples import Dropped
-from .distributed import Place, total
+from .distributed import Place, counted, total
 from .objectives import contrastive_loss
 from .optim import learning_rate
 from .params import TrainArgs
@@ -46,6 +46,9 @@ class Curves(Protocol):
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """File one value of a curve."""
 
+    def close(self) -> None:
+        """Write what is still held back."""
+
 
 @dataclasses.dataclass
 class Window:
@@ -54,7 +57,6 @@ class Window:
     start: float
     steps: int = 0
     waited: float = 0.0
-    stepped: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +122,15 @@ class Loop:
     def _next_batch(self, window: Window) -> Batch:
         """Wait for the next batch with pictures; records that gave none are counted and named."""
         began = time.perf_counter()
-        while True:
-            batch = next(self.run_.batches)
-            for record in batch.dropped:
-                self._drop(record)
-            if len(batch.images):
-                break
+        batch = next(self.run_.batches)
+        window.waited += time.perf_counter() - began
+        for record in batch.dropped:
+            self._drop(record)
+        if not len(batch.images):
             raise UserError(
                 f"no usable sample among {len(batch.dropped)} records in a row: "
                 f"{self._reasons()}; check the shards of --train-data"
             )
-        window.waited += time.perf_counter() - began
         return batch
 
     def _drop(self, record: Dropped) -> None:
@@ -141,10 +141,11 @@ class Loop:
         if number == NAMED:
             log.warning("further dropped samples are counted, not named")
         seen = number + (self.step + 1) * self.run_.args.batch_size
-        if seen >= JUDGE_FROM and number > self.run_.args.max_bad_fraction * seen:
+        most = self.run_.args.max_bad_fraction
+        if seen >= JUDGE_FROM and number > most * seen:
             raise UserError(
                 f"{number} of {seen} samples were unusable ({self._reasons()}), more than "
-                f"--max-bad-fraction {self.run_.args.max_bad_fraction:g}; mend the shards or raise it"
+                f"--max-bad-fraction {most:g}; mend the shards or raise it"
             )
 
     def _reasons(self) -> str:
@@ -217,6 +218,13 @@ class Loop:
 
     def _save(self) -> None:
         run = self.run_
+        # The loss was finite before this step; a gradient that was not shows in the weights alone.
+        finite = torch.stack([p.detach().isfinite().all() for p in run.model.parameters()])
+        if not bool(finite.all()):
+            raise RuntimeError(
+                f"step {self.step} left weights that are not finite; nothing is saved; lower --lr, "
+                "pass --grad-clip-norm 1.0, or use --precision fp32"
+            )
         done = Progressed(self.step, self.step * run.plan.global_batch, self.dropped_everywhere)
         if run.folder is not None:
             folder = save_checkpoint(
@@ -225,14 +233,22 @@ class Loop:
             write_status(run.folder, "running", self.step)
             log.info("saved %s", folder.name)
 
+    def close(self) -> None:
+        """Close the run's files; what TensorBoard holds back is written."""
+        for writer in (self.run_.metrics, self.run_.curves):
+            if writer is not None:
+                writer.close()
+
     # --- the run ---------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train to the end of the plan; the last step is logged, saved and probed.
 
+        Afterwards `dropped` counts all ranks' records.
+
         Raises:
             UserError: too many unusable samples.
-            RuntimeError: a loss that is not finite.
+            RuntimeError: a loss or weights that are not finite.
         """
         run, plan, args = self.run_, self.run_.plan, self.run_.args
         self._measure()
@@ -262,3 +278,4 @@ class Loop:
                     paused = True
                 if paused:
                     window = Window(time.perf_counter())
+        self.dropped = counted(self.dropped, run.place)

@@ -31,9 +31,11 @@ from .preflight import (
     ValData,
     check_data,
     check_name,
+    check_report,
     check_val,
     default_name,
     describe,
+    has_tensorboard,
     make_plan,
 )
 from .probe import Probe
@@ -76,37 +78,29 @@ def open_curves(folder: Path, report_to: str) -> Curves | None:
     """Open TensorBoard's writer in LOGS/NAME/tensorboard, where it is installed and asked for."""
     if report_to == "none":
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        if report_to == "tensorboard":
-            raise UserError(
-                "--report-to tensorboard needs tensorboard: pip install tensorboard"
-            ) from None
+    if not has_tensorboard():
         log.info("no curves: tensorboard is not installed; metrics.jsonl has the numbers")
         return None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def train(
-    parsed: Parsed, argv: Sequence[str] | None, place: Place, built: Built, source: Source,
-    val: ValData | None, plan: Plan, precision: str, banner: Sequence[str],
-) -> None:  # fmt: skip
-    """Make the run's folder, train, and leave the model in it."""
-    args = parsed.args
-    name = from_first(args.name or default_name(args), place)
-    run_folder = Path(args.logs) / name
-    folder = run_folder if place.first else None
-    if folder is not None:
+def make_folder(folder: Path) -> None:
+    """Make the run's folder, which must be new."""
+    try:
         folder.mkdir(parents=True)
-        setup(place.rank, folder / "out.log")
-    for line in banner:
-        log.info("%s", line)
-    record = make_record(
-        "training.main", argv, dataclasses.asdict(args), device=str(place.device),
-        ranks=place.world, precision=precision, model=built.info.to_dict(),
-        plan=dataclasses.asdict(plan),
-    )  # fmt: skip
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror}); give another --name or --logs"
+        ) from None
+
+
+def make_loop(
+    args: TrainArgs, place: Place, built: Built, source: Source, val: ValData | None, plan: Plan,
+    precision: str, record: dict[str, Any], folder: Path | None,
+) -> Loop:  # fmt: skip
+    """Put the parts of a run together; `folder` is rank 0's, else None."""
     transform = built.preprocess_train if args.augment else built.preprocess_val
     loading = Loading(
         args.batch_size, transform, built.tokenizer, args.seed, place.rank, place.world,
@@ -117,7 +111,7 @@ def train(
         probe = Probe(
             val, built.preprocess_val, built.tokenizer, place, args.batch_size, args.val_num_samples
         )
-    loop = Loop(
+    return Loop(
         Run(
             args=args,
             plan=plan,
@@ -137,17 +131,45 @@ def train(
             curves=open_curves(folder, args.report_to) if folder else None,
         )
     )
-    if folder is None:
-        loop.run()
-        return
-    write_json(folder / "params.json", record)
-    write_status(folder, "running", 0)
+
+
+def train(
+    parsed: Parsed, argv: Sequence[str] | None, place: Place, built: Built, source: Source,
+    val: ValData | None, plan: Plan, precision: str, banner: Sequence[str],
+) -> None:  # fmt: skip
+    """Make the run's folder, train, and leave the model in it."""
+    args = parsed.args
+    name = from_first(args.name or default_name(args), place)
+    folder = Path(args.logs) / name if place.first else None
+    if folder is not None:
+        make_folder(folder)
+        setup(place.rank, folder / "out.log")
+    for line in banner:
+        log.info("%s", line)
+    # What a model draws while training (dropped patches, say) differs from rank to rank.
+    torch.manual_seed(args.seed + place.rank)
+    record = make_record(
+        "training.main", argv, dataclasses.asdict(args), device=str(place.device),
+        ranks=place.world, precision=precision, model=built.info.to_dict(),
+        plan=dataclasses.asdict(plan),
+    )  # fmt: skip
+    if folder is not None:
+        write_json(folder / "params.json", record)
+        write_status(folder, "running", 0)
+    loop: Loop | None = None
     try:
+        loop = make_loop(args, place, built, source, val, plan, precision, record, folder)
         loop.run()
+        if folder is not None:
+            finish(folder, loop, built, record)
     except BaseException as error:
-        write_status(folder, "failed", loop.step, f"{type(error).__name__}: {error}")
+        if folder is not None:
+            reason = f"{type(error).__name__}: {error}"
+            write_status(folder, "failed", loop.step if loop else 0, reason)
         raise
-    finish(folder, loop, built, record)
+    finally:
+        if loop is not None:
+            loop.close()
 
 
 def finish(folder: Path, loop: Loop, built: Built, record: dict[str, Any]) -> None:
@@ -167,6 +189,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     place = find_place(args.device)
     setup(place.rank)
     check_name(args)
+    check_report(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     source = check_data(args, place)

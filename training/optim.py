@@ -18,7 +18,9 @@ def parameter_groups(
     plain: list[nn.Parameter] = []
     for _, parameter in named:
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+            # An axis of one is none: EVA's CLS token is 1 x 1 x D.
+            axes = sum(size > 1 for size in parameter.shape)
+            (decayed if axes >= 2 else plain).append(parameter)
     return [{"params": decayed, "weight_decay": wd}, {"params": plain, "weight_decay": 0.0}]
 
 

@@ -5,12 +5,14 @@ Nothing here writes a file: a run that fails its preflight leaves no folder.
 
 import dataclasses
 import datetime
+import importlib.util
 import math
 import re
 from pathlib import Path
 
+import lazyclip
 from lazyclip.base.errors import UserError
-from lazyclip.base.record import versions
+from lazyclip.base.record import git_state, versions
 from lazyclip.factory import ModelInfo
 from lazyclip.shards import class_index_of, expand, iterate_samples
 from lazyclip.zeroshot import ClassList, read_classes, templates
@@ -60,6 +62,17 @@ def check_name(args: TrainArgs) -> None:
         raise UserError(f"--name {args.name} is no folder name; use letters, digits and ._,=+-")
     if (Path(args.logs) / args.name).exists():
         raise UserError(f"{Path(args.logs) / args.name} exists; give another --name or --logs")
+
+
+def has_tensorboard() -> bool:
+    """Tell whether TensorBoard's writer can be imported."""
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def check_report(args: TrainArgs) -> None:
+    """Check that what `--report-to` asks for is installed; raises `UserError`."""
+    if args.report_to == "tensorboard" and not has_tensorboard():
+        raise UserError("--report-to tensorboard needs tensorboard: pip install tensorboard")
 
 
 def default_name(args: TrainArgs) -> str:
@@ -158,12 +171,14 @@ def describe(
     precision: str,
     trainable: int,
 ) -> list[str]:
-    """Phrase the banner: versions, device, model, data, plan; one line each."""  # fmt: skip
-    known = versions()
+    """Phrase the banner: versions, code, device, model, data, plan; one line each."""  # fmt: skip
+    known, git = versions(), git_state()
     pooling = ", ".join(f"{key} {value}" for key, value in info.pooling.items())
     lanes = place.world * max(args.workers, 1)
     lines = [
         "versions: " + ", ".join(f"{name} {version}" for name, version in known.items()),
+        f"code: {Path(lazyclip.__file__).parent}, commit {git['commit'] or 'unknown'}"
+        + (" with changes" if git["dirty"] else ""),
         f"device: {place.device}, {place.world} ranks, precision {precision}",
         f"model: {info.name}, weights {args.pretrained or 'random'}, {info.parameters:,} "
         f"parameters ({trainable:,} trained), activation {info.activation}, image "

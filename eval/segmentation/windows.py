@@ -62,7 +62,8 @@ def resize_image(image: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDA
     if image.shape[:2] == size:
         return image
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # a copy: writable
-    resized = upsample(planes, size).round().clamp(0, 255).to(torch.uint8)
+    # Halves go up, as in OpenCV: equal to it where the factor is exactly a half.
+    resized = (upsample(planes, size) + 0.5).floor().clamp(0, 255).to(torch.uint8)
     return resized.permute(1, 2, 0).contiguous().numpy()
 
 

@@ -278,17 +278,19 @@ def _other_grid(trunk: Any, size: tuple[int, int], needed: bool) -> Iterator[Non
     if not needed:
         yield
         return
-    embed, rope = trunk.patch_embed, getattr(trunk, "rope", None)
+    embed: Any = trunk.patch_embed
+    rope: Any = getattr(trunk, "rope", None)
+    for_one_grid = getattr(rope, "feat_shape", None) is not None
     fields = [(trunk, "dynamic_img_size", True), (embed, "strict_img_size", False)]
     # With dynamic sizes timm expects the patches as B x h x w x D.
     fields += [(embed, "flatten", False), (embed, "output_fmt", type(embed.output_fmt)("NHWC"))]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in fields]
-    if getattr(rope, "feat_shape", None) is not None:
+    if for_one_grid:
         # Built for one grid, rotary positions are kept for it, whatever grid a call asks for.
         before.append((rope, "feat_shape", rope.feat_shape))
         before += [(rope, name, value) for name, value in rope.named_buffers(recurse=False)]
     try:
-        if rope is not None:
+        if for_one_grid:
             rope.update_feat_shape(list(size))
         for owner, name, value in fields:
             setattr(owner, name, value)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from lazyclip.base.errors import UserError
 
@@ -89,7 +89,7 @@ def _expand_source(source: str, flag: str) -> list[Path]:
         raise UserError(f"{flag} {source}: only files are read; copy the shards to a local folder")
     try:
         names = list(braceexpand(source))
-    except UnbalancedBracesError:
+    except ValueError:  # its own kind, which its stubs do not name
         raise UserError(f"{flag} {source}: unbalanced braces; write {{00000..00009}}") from None
     found: list[Path] = []
     missing: list[str] = []
@@ -198,7 +198,7 @@ def _members(path: Path, passed: list[str]) -> Iterator[tuple[str, bytes]]:
         # tarfile asks a stream for nothing but read().
         with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
             for member in tar:
-                tar.members = []  # tarfile keeps every header otherwise
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                 if member.isdir():
                     continue
                 opened = tar.extractfile(member) if member.isfile() else None

@@ -2,13 +2,15 @@
 
 The stages are plain generator functions, strung together by webdataset's pipeline. Every random
 choice follows from the seed, the lane and the sample's own name, so that two runs of one seed see
-the same batches. Not here: what is done with a batch.
+the same batches. A lane shuffles within a pass, so that a pass holds each sample once; drawn shards
+have no passes. Not here: what is done with a batch.
 """
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from lazyclip.shards import Sample
 
 from .samples import Dropped, Pair, decode, read_shard
-from .sources import Source
+from .sources import Source, Turn
 
 # Records (still compressed) among which a lane draws; filled to START before the first is drawn.
 SHUFFLE, SHUFFLE_START = 5000, 1000
@@ -38,13 +40,18 @@ class Batch:
     texts: Tensor
     dropped: tuple[Dropped, ...]
 
+    def pin_memory(self) -> "Batch":
+        """Return a copy in page-locked memory; DataLoader's pinning thread calls this."""
+        return Batch(self.images.pin_memory(), self.texts.pin_memory(), self.dropped)
+
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
     """How a rank loads.
 
     Fields: batch_size per rank; transform PIL -> 3 x H x W; tokenizer texts -> B x context; rank
-    and world; workers, loader processes of this rank (0: in place); pin for copies to a GPU.
+    and world; workers, loader processes of this rank (0: in place); pin the loader processes'
+    batches for copies to a GPU.
     """
 
     batch_size: int
@@ -61,34 +68,48 @@ class Loading:
         """Loader processes of all ranks together."""
         return self.world * max(self.workers, 1)
 
+    def lane(self) -> int:
+        """Return the lane of the process that asks."""
+        worker = torch.utils.data.get_worker_info()
+        return self.rank * max(self.workers, 1) + (worker.id if worker else 0)
+
 
 @contextlib.contextmanager
 def seeded(name: str) -> Iterator[None]:
-    """Draw torch's random numbers from a seed made of a name; the state before is put back."""
+    """Draw torch's CPU random numbers from a seed made of a name; the state before is put back."""
     before = torch.get_rng_state()
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    # Not torch.manual_seed, which would seed the GPUs too.
+    torch.default_generator.manual_seed(int.from_bytes(digest, "little") >> 1)
     try:
         yield
     finally:
         torch.set_rng_state(before)
 
 
-Record = tuple[int, Sample | Dropped]
+Record = tuple[Turn, Sample | Dropped]
 
 
 def _records(source: Source, loading: Loading) -> Iterator[Record]:
-    """Yield a lane's records with their pass number, without end."""
-    worker = torch.utils.data.get_worker_info()
-    lane = loading.rank * max(loading.workers, 1) + (worker.id if worker else 0)
-    for number, shard in source.lane(loading.seed, lane, loading.lanes):
-        for record in read_shard(shard):
-            yield number, record
+    """Yield a lane's records with their shard's turn, without end."""
+    for turn in source.lane(loading.seed, loading.lane(), loading.lanes):
+        for record in read_shard(turn.shard):
+            yield turn, record
+
+
+def _shuffled(
+    records: Iterable[Record], loading: Loading, resampled: bool, most: int, start: int
+) -> Iterator[Record]:
+    """Shuffle a lane's records among `most`, within a pass where there are passes."""
+    lane = f"{loading.seed} shuffle {loading.lane()} of {loading.lanes}"
+    passes = itertools.groupby(records, lambda record: 0 if resampled else record[0].number)
+    for number, one_pass in passes:
+        yield from webdataset.shuffle(most, initial=start, seed=f"{lane} {number}").run(one_pass)
 
 
 def _decoded(records: Iterable[Record]) -> Iterator[Pair | Dropped]:
-    for number, record in records:
-        yield record if isinstance(record, Dropped) else decode(record, number)
+    for turn, record in records:
+        yield record if isinstance(record, Dropped) else decode(record, turn)
 
 
 def _batched(items: Iterable[Pair | Dropped], loading: Loading) -> Iterator[Batch]:
@@ -119,18 +140,6 @@ def _collate(
     return Batch(torch.stack(images), loading.tokenizer(captions), tuple(dropped))
 
 
-class _Pinned:
-    """Copy a batch into page-locked memory, which DataLoader does for its own types only."""
-
-    def __init__(self, on: bool) -> None:
-        self.on = on
-
-    def __call__(self, batch: Batch) -> Batch:
-        if not self.on:
-            return batch
-        return Batch(batch.images.pin_memory(), batch.texts.pin_memory(), batch.dropped)
-
-
 def batches(source: Source, loading: Loading) -> Iterator[Batch]:
     """Yield this rank's batches without end; each is whole.
 
@@ -139,15 +148,22 @@ def batches(source: Source, loading: Loading) -> Iterator[Batch]:
     pipeline = webdataset.DataPipeline(
         # No lambdas: loader processes that are spawned get these by pickle.
         functools.partial(_records, source, loading),
-        webdataset.shuffle(SHUFFLE, initial=SHUFFLE_START, seed=f"{loading.seed} shuffle"),
+        functools.partial(
+            _shuffled,
+            loading=loading,
+            resampled=source.resampled,
+            most=SHUFFLE,
+            start=SHUFFLE_START,
+        ),
         _decoded,
         functools.partial(_batched, loading=loading),
     )
     if not loading.workers:
-        yield from map(_Pinned(loading.pin), pipeline)
+        yield from pipeline
         return
-    options: dict[str, Any] = {"prefetch_factor": 2, "persistent_workers": True}
-    loader = torch.utils.data.DataLoader(
+    options: dict[str, Any] = {"prefetch_factor": 2, "pin_memory": loading.pin}
+    # A generator of its own: DataLoader would draw its workers' seeds from the global one.
+    options["generator"] = torch.Generator()
+    yield from torch.utils.data.DataLoader(
         pipeline, batch_size=None, num_workers=loading.workers, **options
     )
-    yield from map(_Pinned(loading.pin), loader)

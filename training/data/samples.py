@@ -13,6 +13,8 @@ from PIL import Image
 
 from lazyclip.shards import Sample, ShardError, image_part, iterate_samples
 
+from .sources import Turn
+
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
@@ -28,7 +30,7 @@ class Dropped:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A decoded picture (RGB) with its caption, and what names it: pass, shard, place in it."""
+    """A decoded picture (RGB) with its caption, and what names it: the turn, the place in it."""
 
     picture: Image.Image
     caption: str
@@ -51,19 +53,23 @@ def decode_picture(content: bytes) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            # Pillow's remarks on metadata would come once for each picture, millions of times.
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as opened:
                 return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+    except Exception as error:
+        # A decoder may raise anything on damaged bytes; one picture must not end a run. The caller
+        # counts and names it.
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def decode(sample: Sample, number: int) -> Pair | Dropped:
+def decode(sample: Sample, turn: Turn) -> Pair | Dropped:
     """Decode a record's picture and caption.
 
     Args:
         sample: of a shard.
-        number: the pass it belongs to; part of its identity.
+        turn: of its shard; part of its identity.
 
     Returns:
         The pair, or why there is none: `no picture`, `no caption`, `empty caption`, `caption not
@@ -84,4 +90,4 @@ def decode(sample: Sample, number: int) -> Pair | Dropped:
         picture = decode_picture(content)
     except ValueError as error:
         return Dropped(sample.label, "bad picture", str(error))
-    return Pair(picture, caption, f"{number} {sample.shard.name} {sample.ordinal}")
+    return Pair(picture, caption, f"{turn.number} {turn.slot} {sample.ordinal}")

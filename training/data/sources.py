@@ -4,11 +4,13 @@ Not here: what a sample must hold (`samples`).
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from lazyclip.base.errors import UserError
 from lazyclip.shards import IMAGE_SUFFIXES, ShardError, expand, iterate_samples
@@ -110,6 +112,18 @@ def _stats_count(shard: Path) -> int | None:
     return successes if isinstance(successes, int) and successes >= 0 else None
 
 
+class Turn(NamedTuple):
+    """A shard's turn in a lane.
+
+    Fields: number, the pass it belongs to, or the draw where shards are drawn; slot, its place in
+    the pattern's order; shard. Number and slot together never come twice in a run.
+    """
+
+    number: int
+    slot: int
+    shard: Path
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """The shards of a run.
@@ -122,11 +136,11 @@ class Source:
     samples: int
     resampled: bool
 
-    def lane(self, seed: int, lane: int, lanes: int) -> Iterator[tuple[int, Path]]:
+    def lane(self, seed: int, lane: int, lanes: int) -> Iterator[Turn]:
         """Give a lane (one loader process of one rank) its shards, without end.
 
         Each pass hands every shard to exactly one lane, in an order of its own; resampled, a lane
-        draws by itself.
+        draws by itself, as often as the same shard may come.
 
         Args:
             seed: of the order.
@@ -134,18 +148,18 @@ class Source:
             lanes: ranks times loader processes.
 
         Returns:
-            Pairs of pass number and shard.
+            The turns of its shards.
         """
-        number = 0
-        draw = random.Random(f"{seed} resampled {lane} of {lanes}")
-        while True:
-            if self.resampled:
-                yield from ((number, draw.choice(self.shards)) for _ in self.shards[lane::lanes])
-            else:
-                order = list(self.shards)
-                random.Random(f"{seed} pass {number}").shuffle(order)
-                yield from ((number, shard) for shard in order[lane::lanes])
-            number += 1
+        slots = list(range(len(self.shards)))
+        if self.resampled:
+            draw = random.Random(f"{seed} resampled {lane} of {lanes}")
+            for number in itertools.count(lane, lanes):
+                slot = draw.choice(slots)
+                yield Turn(number, slot, self.shards[slot])
+        for number in itertools.count():
+            order = slots.copy()
+            random.Random(f"{seed} pass {number}").shuffle(order)
+            yield from (Turn(number, slot, self.shards[slot]) for slot in order[lane::lanes])
 
 
 def open_source(
