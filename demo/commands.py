@@ -15,16 +15,29 @@ from .world import PER_SHARD, Sizes
 
 MODEL = "LaSt-ViT-nano"
 BATCH, EPOCHS = 128, 2
+KINDS = ("cls", "cls-own", "pib", "pib-text", "seg-one", "seg-two", "look")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One model of the table: its name in paths, its row, its pooling flags, whether trained."""
+    """One model of the table.
+
+    Attributes:
+        name: in paths.
+        label: of its row.
+        pooling: its pooling flags.
+        trained: False for random weights.
+        kinds: of scoring commands it is run through.
+        patches_of: another arm with the same patch features, whose figures stand for the kinds
+            left out; empty where those stay empty.
+    """
 
     name: str
     label: str
     pooling: tuple[str, ...]
     trained: bool = True
+    kinds: tuple[str, ...] = KINDS
+    patches_of: str = ""
 
 
 def _last(k: int) -> tuple[str, ...]:
@@ -42,8 +55,22 @@ EXTRA = (
     Arm("max", "max", ("--last-pooling", "max")),
 )
 BLANK = (
-    Arm("untrained-token", UNTRAINED[TOKEN], ("--last-pooling", "token"), trained=False),
-    Arm("untrained-last", UNTRAINED[LAST], _last(1), trained=False),
+    Arm(
+        "untrained-token",
+        UNTRAINED[TOKEN],
+        ("--last-pooling", "token"),
+        trained=False,
+        kinds=("cls", "pib", "pib-text", "seg-one", "seg-two", "look"),
+    ),
+    # With the same random weights the patches are the same; only the global feature differs.
+    Arm(
+        "untrained-last",
+        UNTRAINED[LAST],
+        _last(1),
+        trained=False,
+        kinds=("cls", "pib", "look"),
+        patches_of="untrained-token",
+    ),
 )
 
 
@@ -94,7 +121,7 @@ def training_job(arm: Arm, places: Places, seed: int, sizes: Sizes) -> Job:
 
 
 def scoring_jobs(arm: Arm, places: Places, seed: int) -> dict[str, Job]:
-    """Return the commands that score one arm, by kind."""
+    """Return the commands that score one arm, by kind, in the order of its `kinds`."""
     if arm.trained:
         model: tuple[str, ...] = ("--model", places.text("logs", arm.name, "model"))
     else:
@@ -133,7 +160,8 @@ def scoring_jobs(arm: Arm, places: Places, seed: int) -> dict[str, Job]:
             words=(*words, *model, "--output", str(places.results(arm, kind))),
             log=places.output / "printed" / f"{arm.name}-{kind}.log",
         )
-        for kind, (title, module, words) in kinds.items()
+        for kind in arm.kinds
+        for title, module, words in [kinds[kind]]
     }
 
 
@@ -164,7 +192,12 @@ def collect(
     """Read every figure of the table out of the commands' results."""
     figures = []
 
+    by_name = {arm.name: arm for arm in arms}
+
     def add(row: str, column: str, arm: Arm, kind: str, *keys: str) -> None:
+        arm = arm if kind in arm.kinds else by_name.get(arm.patches_of, arm)
+        if kind not in arm.kinds:
+            return
         command = jobs[arm.name][kind].command
         figures.append(Figure(row, column, _read(places, arm, kind, *keys), command))
 

@@ -121,7 +121,7 @@ def survey(
     count = fitting = 0
     for sample in read_shards(shards, limit):
         count += 1
-        suffixes.update(sample.parts)
+        suffixes.update(list(sample.parts))
         fitting += fits(sample)
         if not keys and "json" in sample.parts:
             keys = _json_keys(sample)

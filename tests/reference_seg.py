@@ -27,7 +27,7 @@ def bilinear(array, height, width):
     def taps(place, old, new):
         centre = (place + 0.5) * old / new - 0.5
         centre = min(max(centre, 0.0), old - 1.0)
-        low = min(int(math.floor(centre)), old - 1)
+        low = min(math.floor(centre), old - 1)
         return low, min(low + 1, old - 1), centre - low
 
     out = np.zeros((height, width, *array.shape[2:]))

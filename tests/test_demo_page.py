@@ -248,15 +248,43 @@ def test_trainings_differ_in_pooling_and_name_alone():
     assert same[0]["train_data"] == "out/demo/world/train/{00000..00007}.tar"
 
 
+def test_figures_come_from_the_results_of_the_arms_own_commands(tmp_path):
+    places, arms = commands.Places(tmp_path), (*commands.ARMS, *commands.BLANK)
+    made = {arm.name: commands.scoring_jobs(arm, places, 0) for arm in arms}
+    for index, arm in enumerate(arms):
+        for kind in arm.kinds:
+            measured = {"painted": 0.3, "guess": 0.04, "auroc": 0.6, "votes": None}
+            content = {
+                "top1": index / 10, "pib": index / 10, "miou": index / 10, "chance": 0.2,
+                "centre": 0.6, "one": {**measured, "object_patches": 0.1}, "two": measured,
+            }  # fmt: skip
+            folder = places.results(arm, kind)
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps(content))
+    figures = commands.collect(arms, places, made, 0.09)
+    rows = table.pivot(figures)
+    assert rows[LAST]["top1"] == 0.1
+    assert rows[UNTRAINED[LAST]]["pib"] == 0.3
+    assert rows[UNTRAINED[LAST]]["miou_two"] == 0.2  # the other's: the same patches
+    assert "top1_own" not in rows[UNTRAINED[LAST]]
+    assert rows[MAJORITY] == {"top1": 0.09}
+    assert rows[CENTRE]["pib"] == 0.6
+    assert rows[table.painted(LAST)] == {"miou_one": 0.3, "miou_two": 0.3}
+    own = next(f for f in figures if (f.row, f.column) == (LAST, "pib"))
+    assert own.command == made["last"]["pib"].command
+    assert all(f.command for f in figures)
+
+
 def test_scoring_commands_name_the_arm_or_random_weights():
     places = commands.Places(run.OUTPUT)
     trained = commands.scoring_jobs(commands.ARMS[1], places, 4)
     assert set(trained) == {kind for kind, _ in commands.SOURCES.values()}
     assert "--model out/demo/logs/last/model" in trained["cls"].command
-    blank = commands.scoring_jobs(commands.BLANK[1], places, 4)["seg-two"]
-    assert "--random-weights --seed 4 --last-pooling last --last-k 1" in blank.command
+    last = commands.scoring_jobs(commands.BLANK[1], places, 4)["pib"]
+    assert "--random-weights --seed 4 --last-pooling last --last-k 1" in last.command
+    blank = commands.scoring_jobs(commands.BLANK[0], places, 4)["seg-two"]
     args = zeroshot_seg.make_parser().parse_args(list(blank.words))
-    assert str(args.save_predictions) == "out/demo/results/untrained-last/seg-two/masks"
+    assert str(args.save_predictions) == "out/demo/results/untrained-token/seg-two/masks"
     outputs = [j.words[-1] for arm in (*commands.ARMS, *commands.BLANK)
                for j in commands.scoring_jobs(arm, places, 0).values()]  # fmt: skip
     assert len(set(outputs)) == len(outputs)

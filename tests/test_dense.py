@@ -74,9 +74,7 @@ def test_with_k_equal_to_n_the_mean_of_the_dense_map_is_the_image_feature(kind):
 def test_the_pooling_does_not_change_the_dense_map(kind):
     with torch.no_grad():
         plain = lazyclip.encode_dense(base(kind), pixels())
-        assert torch.equal(
-            lazyclip.encode_dense(toy_models.last(base(kind), k=1), pixels()), plain
-        )
+        assert torch.equal(lazyclip.encode_dense(toy_models.last(base(kind), k=1), pixels()), plain)
 
 
 def created_at(kind: str, size: tuple[int, int]) -> nn.Module:
@@ -152,7 +150,9 @@ def test_a_tower_is_restored_after_an_error_inside_the_call(kind):
 @pytest.mark.parametrize("size", [(33, 32), (32, 33), (4, 4), (32, 7), (0, 32)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sides_that_the_patch_does_not_divide_are_refused_by_name(kind, size):
-    with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels.*patches of 8 x 8") as caught:
+    with pytest.raises(
+        UserError, match=f"{size[0]} x {size[1]} pixels.*patches of 8 x 8"
+    ) as caught:
         lazyclip.encode_dense(base(kind), torch.zeros(1, 3, *size))
     assert "multiples of the patch" in str(caught.value)
 
@@ -227,6 +227,4 @@ def test_positions_of_a_file_are_resized_as_open_clip_does(size, tmp_path):
     torch.save(base(NATIVE).state_dict(), path)
     theirs = open_clip.create_model(NATIVE, pretrained=str(path), force_image_size=size)
     ours = open_clip.create_model(f"LaSt-{NATIVE}", pretrained=str(path), force_image_size=size)
-    torch.testing.assert_close(
-        ours.visual.positional_embedding, theirs.visual.positional_embedding
-    )
+    torch.testing.assert_close(ours.visual.positional_embedding, theirs.visual.positional_embedding)

@@ -112,9 +112,9 @@ def test_class_zero_is_called_background_where_it_is_one(tmp_path):
 
 
 def test_unknown_names_are_answered_by_the_nearest(tmp_path):
-    with pytest.raises(UserError, match="unknown data set 'voc2'; .*voc20"):
+    with pytest.raises(UserError, match=r"unknown data set 'voc2'; .*voc20"):
         read_task("voc2")
-    with pytest.raises(UserError, match="unknown protocol of voc20 'sclipp'; known: .*sclip"):
+    with pytest.raises(UserError, match=r"unknown protocol of voc20 'sclipp'; known: .*sclip"):
         read_task("voc20", "sclipp")
     with pytest.raises(UserError, match=r"data set file .*none\.yaml does not exist"):
         read_task(str(tmp_path / "none.yaml"))

@@ -174,7 +174,7 @@ def test_maps_are_stretched_over_their_whole_window():
 def test_windows_that_leave_a_gap_are_refused():
     with pytest.raises(ValueError, match="do not cover"):
         stitch([torch.zeros(1, 2, 2)], [Box(0, 2, 0, 2)], (2, 3))
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         stitch([torch.zeros(1, 2, 2)], window_boxes(2, 4, 2, 2), (2, 4))
 
 

@@ -122,7 +122,9 @@ ROUTES = {
     "encode_image": lambda m, x: m.encode_image(x),
     "visual": lambda m, x: m.visual(x),
     "forward": lambda m, x: m(x, None)[0] * 1.0,
-    "forward_dict": lambda m, x: m.forward_intermediates(image=x, normalize=False)["image_features"],
+    "forward_dict": lambda m, x: m.forward_intermediates(image=x, normalize=False)[
+        "image_features"
+    ],
     "visual_intermediates": lambda m, x: m.visual.forward_intermediates(x)["image_features"],
     "intermediates_of_last_layer": lambda m, x: m.visual.forward_intermediates(
         x, indices=1, normalize_intermediates=True, stop_early=True
@@ -416,7 +418,9 @@ def test_a_visual_tower_and_a_timm_model_can_be_given_alone():
         before = model(pixels())
         lazyclip.attach(model, k=1)
         tokens = lazyclip.encode_tokens(model, pixels())
-        torch.testing.assert_close(model(pixels()), model.head(lazyclip.last_pool(tokens.patches, 1)))
+        torch.testing.assert_close(
+            model(pixels()), model.head(lazyclip.last_pool(tokens.patches, 1))
+        )
         torch.testing.assert_close(lazyclip.project(model, tokens.pooled), model(pixels()))
         assert torch.equal(lazyclip.detach(model)(pixels()), before)
 
@@ -497,9 +501,7 @@ def coca() -> nn.Module:
 
 
 def norm_after_pool() -> nn.Module:
-    return open_clip.transformer.VisionTransformer(
-        32, 8, 32, 1, 2, 2.0, final_ln_after_pool=True
-    )
+    return open_clip.transformer.VisionTransformer(32, 8, 32, 1, 2, 2.0, final_ln_after_pool=True)
 
 
 def averaging_timm() -> nn.Module:

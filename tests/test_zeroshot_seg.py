@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 import tarfile
 
@@ -15,6 +16,17 @@ from tests import reference_seg as reference
 from tests.toy_voc import make_protocol, make_voc, palette_png
 
 MODEL = ("--model", "LaSt-ViT-nano", "--random-weights")
+
+
+@pytest.fixture(autouse=True)
+def _leave_logging_alone():
+    """Take away the handlers of the command: they write to a stream that ends with the test."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = before
+    root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture
@@ -51,12 +63,17 @@ def finished(tmp_path_factory):
     return toy, folder, json.loads((toy / "out" / "results.json").read_text())
 
 
+def ids_of(file):
+    with Image.open(file) as opened:
+        return np.asarray(opened).astype(int)
+
+
 def read_pairs(masks, labels, ids):
     pairs = []
     for name in ids:
-        stored = np.asarray(Image.open(labels / f"{name}.png")).astype(int)
+        stored = ids_of(labels / f"{name}.png")
         label = np.where((stored == 0) | (stored == 255), 255, stored - 1)
-        pairs.append((label, np.asarray(Image.open(masks / f"{name}.png"))))
+        pairs.append((label, ids_of(masks / f"{name}.png")))
     return pairs
 
 
@@ -79,10 +96,11 @@ def test_label_maps_have_one_channel_of_class_ids_and_the_size_of_the_label(fini
     files = sorted(p.name for p in (toy / "masks").rglob("*.png"))
     assert files == ["a1.png", "a2.png", "a3.png"]
     for name in files:
-        found = Image.open(toy / "masks" / name)
-        assert found.mode == "L"
-        assert found.size == Image.open(folder / "SegmentationClass" / name).size
-        assert set(np.unique(np.asarray(found))) <= {0, 1, 2}
+        with Image.open(toy / "masks" / name) as found:
+            assert found.mode == "L"
+        found = ids_of(toy / "masks" / name)
+        assert found.shape == ids_of(folder / "SegmentationClass" / name).shape
+        assert set(np.unique(found)) <= {0, 1, 2}
 
 
 def test_the_result_file_says_what_made_the_scores(finished):
@@ -109,7 +127,7 @@ def test_two_runs_give_the_same_label_maps(finished):
     assert zeroshot_seg.main(words) == 0
     for name in ("a1", "a2", "a3"):
         one, other = (toy / d / f"{name}.png" for d in ("masks", "again"))
-        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+        assert np.array_equal(ids_of(one), ids_of(other))
     assert json.loads((toy / "out2" / "results.json").read_text())["miou"] == results["miou"]
 
 
@@ -117,8 +135,8 @@ def test_overlays_show_picture_truth_and_prediction(finished):
     toy, folder, _ = finished
     files = sorted((toy / "out" / "overlays").iterdir())
     assert [f.name for f in files] == ["a1.png", "a2.png"]
-    sheet = np.asarray(Image.open(files[0]).convert("RGB")).astype(int)
-    picture = np.asarray(Image.open(folder / "JPEGImages" / "a1.jpg")).astype(int)
+    sheet = ids_of(files[0])
+    picture = ids_of(folder / "JPEGImages" / "a1.jpg")
     scale = -(-192 // 50)
     left = sheet[20 : 20 + 50 * scale : scale, 8 : 8 + 70 * scale : scale]
     assert np.array_equal(left, picture)
@@ -167,7 +185,7 @@ def test_a_background_class_is_scored_and_a_threshold_assigns_it(toy):
     assert list(results["iou"]) == ["background", "red thing", "blue thing", "green thing"]
     assert results["iou"]["red thing"] == 0
     assert results["iou"]["background"] > 0
-    assert np.asarray(Image.open(masks / "a1.png")).max() == 0
+    assert ids_of(masks / "a1.png").max() == 0
 
 
 def test_a_class_in_neither_labels_nor_predictions_is_null(toy):
@@ -313,7 +331,7 @@ def test_label_maps_of_another_run_are_not_mixed_with(toy, capsys):
     assert "such as other.png" in refused(capsys, [*words, "--overwrite"])
     (masks / "other.png").unlink()
     assert zeroshot_seg.main([*words, "--overwrite"]) == 0
-    assert Image.open(masks / "a1.png").size == (70, 50)
+    assert ids_of(masks / "a1.png").shape == (50, 70)
 
 
 @pytest.mark.parametrize("place", ["data/VOCdevkit/VOC2012/SegmentationClass", "out/overlays"])

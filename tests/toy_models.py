@@ -20,6 +20,8 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
 import lazyclip
+from lazyclip import factory
+from lazyclip.export import save_model
 
 NATIVE, EVA, TIMM = "Toy-ViT", "Toy-EVA", "Toy-timm"
 KINDS = (NATIVE, EVA, TIMM)
@@ -55,7 +57,13 @@ for entry in (toy_eva, toy_timm):
 def config_of(kind: str) -> dict:
     """The plain config of a toy model."""
     if kind == NATIVE:
-        vision = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": PATCH}
+        vision = {
+            "image_size": SIZE,
+            "layers": 2,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": PATCH,
+        }
         return {"embed_dim": 16, "vision_cfg": vision, "text_cfg": dict(TEXT)}
     vision = {
         "image_size": SIZE,
@@ -126,3 +134,21 @@ def tags(name: str, **entries) -> Iterator[None]:
             del _PRETRAINED[name]
         else:
             _PRETRAINED[name] = before
+
+
+def activations(model: nn.Module) -> set[str]:
+    """The activation modules of both towers, by class name."""
+    names = {type(m).__name__ for m in model.modules()}
+    return names & {"QuickGELU", "GELU"}
+
+
+def weight_file(path: Path, name: str = NATIVE, seed: int = 3) -> Path:
+    torch.save(make(name, seed=seed).state_dict(), path)
+    return path
+
+
+def saved(folder: Path, name: str, **how) -> Path:
+    """Save a random model; returns its folder."""
+    built = factory.build(name, random_weights_seed=4, **how)
+    save_model(built.model, built.info, folder)
+    return folder

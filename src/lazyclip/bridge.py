@@ -36,6 +36,7 @@ _model = importlib.import_module("open_clip.model")
 _factory = importlib.import_module("open_clip.factory")
 _pretrained = importlib.import_module("open_clip.pretrained")
 _towers = importlib.import_module("open_clip.timm_model")
+_transform = importlib.import_module("open_clip.transform")
 
 _BUILDER_PARAMETERS = ("embed_dim", "vision_cfg", "quick_gelu", "cast_dtype")
 _CREATE_PARAMETERS = (
@@ -368,13 +369,6 @@ def add_tags(name: str, tags: Mapping[str, Mapping[str, Any]]) -> None:
     _pretrained._PRETRAINED[name] = {tag: dict(entry) for tag, entry in tags.items()}
 
 
-def set_timm_input_size(model: nn.Module, size: tuple[int, int]) -> None:
-    """Give a timm tower another input size, positions included; a native tower is left alone."""
-    visual = getattr(model, "visual", None)
-    if isinstance(visual, _towers.TimmModel) and geometry(visual.trunk)[0] != size:
-        visual.set_input_size(size)
-
-
 def adapt_state_dict(model: nn.Module, state: StateDict) -> StateDict:
     """Fit a state dict to the model's layout, without changing what its tensors say.
 
@@ -407,6 +401,15 @@ def adapt_state_dict(model: nn.Module, state: StateDict) -> StateDict:
 def preprocess_of(model: nn.Module) -> dict[str, Any]:
     """Return the model's preprocessing: size, mean, std, interpolation, resize mode."""
     return copy.deepcopy(dict(open_clip.get_model_preprocess_cfg(model)))
+
+
+def transforms_of(
+    model: nn.Module,
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return the model's transforms for training and evaluation, PIL image -> 3 x H x W."""
+    config = _transform.PreprocessCfg(**preprocess_of(model))
+    train, val = (_transform.image_transform_v2(config, is_train=flag) for flag in (True, False))
+    return train, val
 
 
 def context_length_of(model: nn.Module) -> int:

@@ -274,7 +274,7 @@ def build(
         UserError: unknown name or tag, a file that does not fit, K > N, contradicting activations.
     """
     asked = _known_name(name)
-    if asked.startswith(LOCAL) and pretrained:
+    if asked.startswith((LOCAL, HUB)) and pretrained:
         raise UserError(f"{name} is a saved model with weights; leave --pretrained out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_weights_seed or 0)
@@ -284,11 +284,11 @@ def build(
         current = tower.pooling_of(model).to_dict()
         tower.attach_spec(model, PoolSpec.from_mapping({**current, **last}, "--last-*"))
     model = model.to(device).eval()
-    config = open_clip.transform.PreprocessCfg(**bridge.preprocess_of(model))
+    train, val = bridge.transforms_of(model)
     return Built(
         model=model,
-        preprocess_train=open_clip.transform.image_transform_v2(config, is_train=True),
-        preprocess_val=open_clip.transform.image_transform_v2(config, is_train=False),
+        preprocess_train=train,
+        preprocess_val=val,
         tokenizer=open_clip.get_tokenizer(asked),
         info=_describe(model, name, pretrained, loaded),
     )
@@ -306,6 +306,8 @@ def _create(
     if asked.startswith(LOCAL):
         model = open_clip.create_model(asked, **kwargs)
         return model, weights.find_weight_file(Path(asked.removeprefix(LOCAL)))
+    if asked.startswith(HUB):
+        return _create_from_hub(asked, kwargs), None
     if not pretrained:
         with _expecting_no_weights():
             return open_clip.create_model(asked, **kwargs), None
@@ -338,6 +340,18 @@ def _create(
             found.path, found.passport.last.get("pooling"), asked,
         )  # fmt: skip
     return model, found.path
+
+
+def _create_from_hub(asked: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    try:
+        with weights.hub_in_one_try():
+            return open_clip.create_model(asked, require_pretrained=True, **kwargs)
+    except (RuntimeError, OSError) as error:  # no network, no such repository, no weights in it
+        reason = (str(error).strip().splitlines() or ["unknown reason"])[0][:200]
+        raise UserError(
+            f"{asked} could not be loaded ({reason}); download that folder where there is a "
+            "network and pass its path as --model"
+        ) from error
 
 
 def _describe(

@@ -11,9 +11,9 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import socket
 import urllib.parse
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import open_clip
 import torch
 from huggingface_hub import constants
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lazyclip import bridge
@@ -32,6 +32,11 @@ PREFIX = "LaSt-"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILE = "open_clip_model.safetensors"
 METADATA_KEY = "lazyclip"
+# The names under which a saved folder holds its weights, in the order in which they are tried.
+FOLDER_FILES = (
+    WEIGHT_FILE, "open_clip_pytorch_model.safetensors", "model.safetensors",
+    "open_clip_pytorch_model.bin", "model.pt",
+)  # fmt: skip
 # What people type for the two MetaCLIP releases; facebookresearch/MetaCLIP#79 asks for the names.
 ALIASES = {
     "metaclip": "metaclip_fullcc",
@@ -115,7 +120,7 @@ def unknown_weights(name: str, pretrained: str) -> UserError:
 
 
 @contextlib.contextmanager
-def _hub_in_one_try() -> Iterator[None]:
+def hub_in_one_try() -> Iterator[None]:
     """Keep the hub client quiet, and to its cache where its host has no address.
 
     Without this a machine without network waits through dozens of retries, each with a warning.
@@ -145,7 +150,7 @@ def fetch_tag(name: str, tag: str, cache_dir: str | None = None) -> Path:
     entry = open_clip.get_pretrained_cfg(name, tag)
     source = entry.get("file") or entry.get("hf_hub") or entry.get("url")
     try:
-        with _hub_in_one_try():
+        with hub_in_one_try():
             path = open_clip.download_pretrained(entry, cache_dir=cache_dir)
     except Exception as error:  # every hub client has its own; all mean the same to the user
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
@@ -176,24 +181,27 @@ def find_weight_file(path: Path) -> Path:
     if path.is_file():
         return path
     for folder in (path, path / "model"):
-        for name in (WEIGHT_FILE, "open_clip_pytorch_model.safetensors", "model.safetensors",
-                     "open_clip_pytorch_model.bin", "model.pt"):  # fmt: skip
+        for name in FOLDER_FILES:
             if (folder / name).is_file():
                 return folder / name
     raise UserError(f"{path} holds no {WEIGHT_FILE}; pass a saved model's folder or a weight file")
 
 
 def read_passport(path: Path) -> Passport:
-    """Read what stands beside or inside a weight file about how it was trained."""
+    """Read what stands beside or inside a weight file about how it was trained.
+
+    A folder's config speaks for the folder's own weight file; a file that was put beside it under
+    another name speaks for itself where it can.
+    """
     config = path.parent / CONFIG_FILE
-    if config.is_file():
+    if config.is_file() and path.name in FOLDER_FILES:
         return _passport_of_config(read_json(config))
     if path.suffix == ".safetensors":
         with safe_open(str(path), framework="pt") as stream:
             text = (stream.metadata() or {}).get(METADATA_KEY)
         if text:
             return _passport_of_config(json.loads(text))
-    return Passport()
+    return _passport_of_config(read_json(config)) if config.is_file() else Passport()
 
 
 def _passport_of_config(config: Mapping[str, Any]) -> Passport:
@@ -212,14 +220,16 @@ def _read_tensors(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             with safe_open(str(path), framework="pt") as stream:
                 return {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-        # Plain types only: nothing in a foreign file is run.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        hint = ""
-        if path.suffix != ".safetensors" and "TorchScript" in str(error):
-            hint = "; a TorchScript archive (OpenAI's original file) is not read: pass the tag"
-        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "empty file"
-        raise UserError(f"{path} is no weight file that can be read ({first}){hint}") from error
+        with warnings.catch_warnings():
+            # What torch warns of, a TorchScript archive for one, it then fails on: said once below.
+            warnings.simplefilter("ignore")
+            # Plain types only: nothing in a foreign file is run.
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
+        reason = (str(error).strip().splitlines() or ["it ends early"])[0][:160]
+        if "TorchScript" in str(error):
+            reason = "a TorchScript archive, as OpenAI's original file, is not read: pass the tag"
+        raise UserError(f"{path} is no weight file that can be read ({reason})") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return loaded

@@ -104,7 +104,7 @@ def _shuffled(
     lane = f"{loading.seed} shuffle {loading.lane()} of {loading.lanes}"
     passes = itertools.groupby(records, lambda record: 0 if resampled else record[0].number)
     for number, one_pass in passes:
-        yield from webdataset.shuffle(most, initial=start, seed=f"{lane} {number}").run(one_pass)
+        yield from webdataset.shuffle(most, initial=start, seed=f"{lane} {number}")(one_pass)
 
 
 def _decoded(records: Iterable[Record]) -> Iterator[Pair | Dropped]:
@@ -140,24 +140,25 @@ def _collate(
     return Batch(torch.stack(images), loading.tokenizer(captions), tuple(dropped))
 
 
+def _pipeline(source: Source, loading: Loading) -> webdataset.DataPipeline:
+    """String the stages together; no lambdas, since loader processes may get it by pickle."""
+    return webdataset.DataPipeline(
+        functools.partial(_records, source, loading),
+        functools.partial(
+            _shuffled, loading=loading, resampled=source.resampled, most=SHUFFLE,
+            start=SHUFFLE_START,
+        ),
+        _decoded,
+        functools.partial(_batched, loading=loading),
+    )  # fmt: skip
+
+
 def batches(source: Source, loading: Loading) -> Iterator[Batch]:
     """Yield this rank's batches without end; each is whole.
 
     A batch without pictures says that thousands of records in a row gave no sample.
     """
-    pipeline = webdataset.DataPipeline(
-        # No lambdas: loader processes that are spawned get these by pickle.
-        functools.partial(_records, source, loading),
-        functools.partial(
-            _shuffled,
-            loading=loading,
-            resampled=source.resampled,
-            most=SHUFFLE,
-            start=SHUFFLE_START,
-        ),
-        _decoded,
-        functools.partial(_batched, loading=loading),
-    )
+    pipeline = _pipeline(source, loading)
     if not loading.workers:
         yield from pipeline
         return
