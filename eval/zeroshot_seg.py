@@ -204,8 +204,6 @@ def _say_differences(built: Built, task: Task) -> None:
             "windows of %d px are not the model's %d x %d px: its positions are interpolated",
             protocol.window, *info.image_size,
         )  # fmt: skip
-    if info.weights_sha256 is None:
-        log.warning("random weights: the scores will say nothing about a trained model")
 
 
 def _pooling_words(pooling: Mapping[str, object]) -> str:
@@ -242,16 +240,16 @@ def score_model(job: Job, built: Built, args: argparse.Namespace) -> Counts:
     return evaluate(job, maps, args.batch_size)
 
 
-def report(job: Job, built: Built, scores: Scores, method: str) -> None:
+def report(job: Job, built: Built, scores: Scores, args: argparse.Namespace) -> None:
     """Print the scores, and what they must not be taken for."""
     protocol = job.task.protocol
     print("\n".join(class_table(job.task.names, scores)))
     pooling = _pooling_words(built.info.pooling)
-    print(summary(protocol, scores, len(job.names), method, pooling))
+    print(summary(protocol, scores, len(job.names), args.method, pooling))
     if not job.complete:
         of = job.expected or len(job.reader.ids)
         print(f"NOT COMPARABLE: {len(job.names)} images scored, split {protocol.split} has {of}")
-    if built.info.weights_sha256 is None:
+    if args.random_weights:
         print("RANDOM WEIGHTS: these scores say nothing about a trained model")
 
 
@@ -262,6 +260,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     job = prepare(args)
     built = load_from_flags(args)
     _say_differences(built, job.task)
+    if args.random_weights:
+        log.warning("random weights: the scores will say nothing about a trained model")
     record = make_record(
         MODULE,
         argv,
@@ -274,8 +274,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     confusion = score_model(job, built, args)
     scores = score(confusion)
     record.update(end=utc_now(), seconds=round(time.monotonic() - start, 1))
-    random = built.info.weights_sha256 is None
-    model: dict[str, Any] = {**built.info.to_dict(), "random_weights": random}
+    model: dict[str, Any] = {**built.info.to_dict(), "random_weights": args.random_weights}
     results = {
         **result_parts(job.task.names, job.task.protocol, scores),
         "images": len(job.names),
@@ -289,7 +288,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     }
     write_classes(job.output / "classes.csv", job.task.names, scores, confusion)
     write_json(job.output / RESULTS, results)
-    report(job, built, scores, args.method)
+    report(job, built, scores, args)
     log.info("wrote %s", job.output / RESULTS)
 
 

@@ -24,7 +24,7 @@ from lazyclip.export import save_model
 from lazyclip.pooling import PoolSpec
 from lazyclip.tower import pooling_of
 from tests import toy_models
-from tests.toy_models import KINDS, NATIVE, make, pixels
+from tests.toy_models import KINDS, NATIVE, activations, make, pixels, saved, weight_file
 
 SHIPPED = config_names("models", ".json")
 LAST = [name for name in SHIPPED if name.startswith("LaSt-")]
@@ -206,7 +206,7 @@ def test_the_small_models_run_forward_and_backward(name):
 @pytest.mark.parametrize(
     ("last", "said"),
     [({"kk": 1}, "unknown key 'kk'"), ({"score": "papr"}, "paper"), ({"k": 17}, "16 patches"),
-     ({"pooling": "cls"}, "token"), ({"k": 0}, "k = 0")],
+     ({"pooling": "cls"}, "token"), ({"k": 0}, "k is 0")],
 )  # fmt: skip
 def test_a_wrong_pooling_in_a_config_names_the_key(last, said):
     vision = {**toy_models.config_of(NATIVE)["vision_cfg"], "last": last}

@@ -1,7 +1,9 @@
 """What a saved file says of how its weights want to be run, and who may contradict it."""
 
+import dataclasses
 import logging
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -11,6 +13,7 @@ from lazyclip.base.errors import UserError
 from lazyclip.export import save_model
 from lazyclip.pooling import PoolSpec
 from lazyclip.tower import pooling_of
+from tests import reference
 from tests.toy_models import EVA, NATIVE, activations, pixels, saved, weight_file
 
 LAST_NATIVE = f"LaSt-{NATIVE}"
@@ -105,3 +108,22 @@ def test_a_timm_model_saved_at_another_size_loads_again_by_name_and_by_folder(tm
     # Asked for at the name's own size, its positions are interpolated down.
     smaller = factory.build(f"LaSt-{EVA}", str(tmp_path / "m"))
     assert smaller.info.image_size == (32, 32)
+
+
+@pytest.mark.parametrize("kind", [NATIVE, EVA])
+def test_a_model_saved_at_a_size_that_is_not_square_is_read_by_height_and_width(tmp_path, kind):
+    # 16 x 64 px are 2 x 8 patches: as many as the name's own 4 x 4, in another order.
+    wide = open_clip.create_model(f"LaSt-{kind}", force_image_size=(16, 64)).eval()
+    info = dataclasses.replace(factory.build(f"LaSt-{kind}").info, image_size=(16, 64), grid=(2, 8))
+    save_model(wide, info, tmp_path / "m")
+    images = pixels(1, (16, 64))
+    for model in (
+        factory.build(str(tmp_path / "m")).model,
+        open_clip.create_model(f"local-dir:{tmp_path / 'm'}").eval(),
+    ):
+        assert torch.equal(model.encode_image(images), wide.encode_image(images))
+    square = factory.build(f"LaSt-{kind}", str(tmp_path / "m")).model
+    key = "visual.positional_embedding" if kind == NATIVE else "visual.trunk.pos_embed"
+    before, after = (m.state_dict()[key].reshape(17, -1).double().numpy() for m in (wide, square))
+    wanted = reference.resize_positions(before, (2, 8), (4, 4))
+    np.testing.assert_allclose(after, wanted, atol=1e-6)

@@ -250,7 +250,7 @@ def test_the_word_sqrt_is_the_default_sigma():
 @pytest.mark.parametrize(
     ("values", "said"),
     [({"kk": 1}, "unknown key 'kk'"), ({"score": "x"}, "paper"), ({"kernel": "x"}, "centred"),
-     ({"pooling": "lst"}, "last"), ({"k": 0}, "k = 0"), ({"k": 1.5}, "1.5"),
+     ({"pooling": "lst"}, "last"), ({"k": 0}, "k is 0"), ({"k": 1.5}, "1.5"),
      ({"k": "half"}, "half"), ({"sigma": -2}, "-2"), ({"sigma": "wide"}, "wide"),
      ({"eps": -1}, "-1"), ({"eps": math.inf}, "inf"), ({"eps": "tiny"}, "tiny")],
 )  # fmt: skip

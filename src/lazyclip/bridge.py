@@ -19,7 +19,6 @@ from typing import Any, cast
 import open_clip
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
-from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
@@ -369,11 +368,18 @@ def add_tags(name: str, tags: Mapping[str, Mapping[str, Any]]) -> None:
     _pretrained._PRETRAINED[name] = {tag: dict(entry) for tag, entry in tags.items()}
 
 
-def adapt_state_dict(model: nn.Module, state: StateDict) -> StateDict:
+def adapt_state_dict(
+    model: nn.Module, state: StateDict, size: tuple[int, int] | None = None
+) -> StateDict:
     """Fit a state dict to the model's layout, without changing what its tensors say.
 
     Moves a text tower at the top level under `text.` where the model keeps it there, reshapes the
     logit scale, and interpolates position embeddings to the model's grid.
+
+    Args:
+        model: the model that will take it.
+        state: tensors by key; left as it is, a new one is returned.
+        size: image size (height, width) the weights were saved at; None: a square one.
     """
     state = dict(state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
@@ -382,20 +388,31 @@ def adapt_state_dict(model: nn.Module, state: StateDict) -> StateDict:
     for key in ("logit_scale", "logit_bias"):
         if key in state and key in own and state[key].numel() == own[key].numel():
             state[key] = state[key].reshape(own[key].shape)
-    key = "visual.positional_embedding"
-    if key in state and key in own and state[key].shape != own[key].shape:
-        side = math.isqrt(max(state[key].shape[0] - 1, 0))
-        if side * side == state[key].shape[0] - 1 and state[key].shape[1] == own[key].shape[1]:
-            grid = geometry(trunk_of(model))[2]
-            state[key] = resize_positions(state[key], (side, side), grid)
-    key = "visual.trunk.pos_embed"
-    if key in state and key in own and state[key].shape != own[key].shape:
-        side = math.isqrt(max(state[key].shape[1] - 1, 0))
-        if side * side == state[key].shape[1] - 1 and state[key].shape[2] == own[key].shape[2]:
-            state[key] = resample_abs_pos_embed(
-                state[key], new_size=list(geometry(trunk_of(model))[2]), old_size=[side, side]
-            )
+    for key in ("visual.positional_embedding", "visual.trunk.pos_embed"):
+        if key in state and key in own:
+            state[key] = _fit_positions(trunk_of(model), state[key], own[key], size)
     return state
+
+
+def _fit_positions(
+    trunk: nn.Module, positions: Tensor, own: Tensor, size: tuple[int, int] | None
+) -> Tensor:
+    known = isinstance(trunk, VisionTransformer | Eva | TimmVisionTransformer)
+    if not known or positions.ndim != own.ndim or positions.shape[-1] != own.shape[-1]:
+        return positions
+    (_, patch, grid) = geometry(trunk)
+    plain = getattr(trunk, "no_embed_class", False)
+    prefix = 0 if plain else int(cast(Any, getattr(trunk, "num_prefix_tokens", 1)))
+    rows = positions.shape[-2] - prefix
+    old = (size[0] // patch[0], size[1] // patch[1]) if size else (0, 0)
+    if old[0] * old[1] != rows:  # not recorded: the own grid when the count fits, else a square
+        side = math.isqrt(max(rows, 0))
+        if positions.shape == own.shape or side * side != rows:
+            return positions
+        old = (side, side)
+    flat = positions.reshape(-1, positions.shape[-1])  # (P + N) x D
+    fitted = resize_positions(flat, old, grid, prefix)
+    return fitted.reshape(*positions.shape[:-2], *fitted.shape)
 
 
 def preprocess_of(model: nn.Module) -> dict[str, Any]:

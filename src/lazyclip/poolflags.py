@@ -3,7 +3,6 @@
 Not here: argparse (an entry adds each row to its own parser), what the options mean (`pooling`).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -29,19 +28,14 @@ def read_k(text: str) -> int | float:
     """Read a count (`32`) or a fraction (`0.5`, `1.0`) of the patches.
 
     Raises:
-        UserError: neither, with what is allowed.
+        UserError: no number; its range is checked with the other options (`pool_overrides`).
     """
-    try:
-        value: int | float = int(text)
-    except ValueError:
+    for number in (int, float):
         try:
-            value = float(text)
+            return number(text)
         except ValueError:
-            value = math.nan
-    spec = PoolSpec(k=value) if value == value else None
-    if spec is None:
-        raise UserError(f"--last-k {text} is no number; use a count, or a fraction such as 0.5")
-    return spec.k
+            continue
+    raise UserError(f"--last-k {text} is no number; use a count, or a fraction such as 0.5")
 
 
 def read_sigma(text: str) -> float | None:

@@ -47,6 +47,13 @@ def resolve_k(k: int | float, n: int) -> int:
     return max(1, min(n, math.floor(k * n + 0.5)))
 
 
+def _is_some_k(k: object) -> bool:
+    """Tell whether some number of patches allows k."""
+    if isinstance(k, bool) or not isinstance(k, int | float):
+        return False
+    return k >= 1 if isinstance(k, int) else 0 < k <= 1
+
+
 def _check_tokens(x: Tensor) -> None:
     if x.ndim != 3 or not x.is_floating_point() or 0 in x.shape[1:]:
         raise ValueError(f"patch tokens must be B x N x D floating; got {tuple(x.shape)} {x.dtype}")
@@ -246,8 +253,9 @@ class PoolSpec:
         ):
             if value not in known:
                 raise UserError(f"{field} is {value!r}; use one of {', '.join(known)}")
+        if not _is_some_k(self.k):
+            raise UserError(f"k is {self.k!r}; use a count (int) or a fraction in (0, 1] (float)")
         try:
-            resolve_k(self.k, max(1, self.k) if type(self.k) is int else 1)
             resolve_sigma(self.sigma, 1)
         except ValueError as error:
             raise UserError(str(error)) from None

@@ -276,13 +276,20 @@ def _some(keys: list[str], most: int = 4) -> str:
     return ", ".join(sorted(keys)[:most]) + more
 
 
+def _recorded_size(passport: Passport) -> tuple[int, int] | None:
+    size = ((passport.model_cfg or {}).get("vision_cfg") or {}).get("image_size")
+    if isinstance(size, int):
+        return (size, size)
+    return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else None
+
+
 def _sizes(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def load_state(model: nn.Module, weights: WeightFile, name: str) -> None:
     """Load a state dict strictly; a renamed, missing or misshapen tensor is an error listing it."""
-    state = bridge.adapt_state_dict(model, weights.state)
+    state = bridge.adapt_state_dict(model, weights.state, _recorded_size(weights.passport))
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]

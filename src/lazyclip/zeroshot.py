@@ -5,6 +5,7 @@ map does with the logits.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -67,7 +68,8 @@ def templates(name: str = "openai") -> list[Template]:
     for line in lines:
         if line.count("{}") != 1:
             raise UserError(f"{path}: template '{line}' needs exactly one {{}} for the class name")
-    return [line.replace("{}", "{0}").format for line in lines]
+    # Not str.format: other braces of the line are text.
+    return [functools.partial(line.replace, "{}") for line in lines]
 
 
 def class_list(lines: Iterable[str]) -> ClassList:
@@ -218,5 +220,5 @@ def topk_correct(logits: Tensor, targets: Tensor, ks: Sequence[int] = (1, 5)) ->
         k -> number of images.
     """
     kept = [k for k in ks if k <= logits.shape[1]]
-    best = logits.topk(max(kept), dim=1).indices == targets[:, None]  # B x max k
+    best = logits.topk(max(kept, default=1), dim=1).indices == targets[:, None]  # B x max k
     return {k: int(best[:, :k].any(dim=1).sum()) for k in kept}
