@@ -169,6 +169,7 @@ def make_nets(args: argparse.Namespace, built: Built, classes: ClassList | None)
     if classes is None:
         return [Net(model) for model in models]
     prompts = templates(args.templates)
+    log.info("encoding %d texts", len(models) * len(classes.queries) * len(prompts))
     return [
         Net(
             model,

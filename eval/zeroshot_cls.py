@@ -163,9 +163,9 @@ def _classify(
         shards, args.limit, has_class, "a picture and a class (class_index in json, or cls)"
     )
     log.info("%d samples in %d shards, %d classes", total, len(shards), C)
-    features = text_features(
-        built.model, built.tokenizer, classes.queries, templates(args.templates)
-    )
+    prompts = templates(args.templates)
+    log.info("encoding %d texts", len(classes.queries) * len(prompts))
+    features = text_features(built.model, built.tokenizer, classes.queries, prompts)
 
     def prepare(sample: Sample) -> tuple[Tensor, int]:
         return built.preprocess_val(picture_of(sample)), class_of(sample, C)

@@ -361,11 +361,13 @@ def test_a_tag_whose_local_file_is_gone_is_an_error(tagged, tmp_path):
         open_clip.create_model(LAST_NATIVE, pretrained="gone")
 
 
-def test_without_loading_weights_a_tag_still_gives_activation_and_no_download():
-    model = open_clip.create_model(
-        LAST_NATIVE, pretrained=None, load_weights=False, force_quick_gelu=True
-    )
+def test_without_loading_weights_a_tag_gives_activation_and_preprocessing_and_no_download():
+    far = {"hf_hub": "nobody/nothing/", "quick_gelu": True, "mean": (0.5, 0.5, 0.5)}
+    with toy_models.tags(LAST_NATIVE, far=far):
+        model = open_clip.create_model(LAST_NATIVE, pretrained="far", load_weights=False)
     assert activations(model) == {"QuickGELU"}
+    assert tuple(bridge.preprocess_of(model)["mean"]) == (0.5, 0.5, 0.5)
+    assert pooling_of(model) == PoolSpec()
 
 
 @pytest.mark.parametrize("door", ["open_clip", "build"])

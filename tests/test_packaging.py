@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,21 @@ def test_the_commands_are_defined_and_lead_to_functions(installed):
         file = installed / Path(*module.split(".")).with_suffix(".py")
         assert file.is_file(), place
         assert f"{function} =" in file.read_text() or f"def {function}(" in file.read_text()
+
+
+def test_the_requirements_avoid_what_is_known_to_break(installed):
+    (info,) = installed.glob("*.dist-info")
+    lines = (info / "METADATA").read_text().splitlines()
+    needed = [line.split(":", 1)[1].strip() for line in lines if line.startswith("Requires-Dist:")]
+    plain = [line for line in needed if "extra ==" not in line]
+    (open_clip,) = [line for line in plain if line.startswith("open_clip_torch")]
+    # Its extra [training] pins an old webdataset; 2.24 and before occupy the name `training`.
+    assert "[" not in open_clip
+    assert ">=3.0" in open_clip
+    assert "<4" in open_clip
+    names = {re.split(r"[<>=!~ ;\[]", line)[0].lower() for line in plain}
+    assert "requests" in names  # clip-benchmark imports it without declaring it
+    assert {"torch", "torchvision", "timm", "webdataset", "safetensors", "numpy"} <= names
 
 
 FROM_ANYWHERE = """

@@ -198,6 +198,25 @@ def test_any_tokens_pool_as_the_reference_says(sizes, how, seed, fraction):
         np.testing.assert_allclose(found[clear], wanted[clear], atol=1e-10)
 
 
+@pytest.mark.parametrize("k", [1, 0.5])
+def test_a_batch_larger_than_the_cache_gives_what_its_images_give_alone(k):
+    x = tensor(noise(24, 100, 128), torch.float32)  # worked on in several parts on the CPU
+    alone = [last_pool(image[None], k) for image in x]
+    torch.testing.assert_close(last_pool(x, k), torch.cat(alone), atol=1e-6, rtol=0)
+    counted = vote_count(x, k)
+    for b in (0, 23):  # of the first part and of the last
+        assert torch.equal(counted[b], vote_count(x[b : b + 1], k)[0])
+        exact = x[b].double().numpy()
+        scores = reference.stability(exact)
+        marked = reference.choose(scores, resolve_k(k, 100))
+        assert np.abs(counted[b].numpy() - reference.votes(marked)).sum() <= 4  # float32 near ties
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    assert last_pool(torch.zeros(0, 4, 8), 0.5).shape == (0, 8)
+    assert vote_count(torch.zeros(0, 4, 8), 1).shape == (0, 4)
+
+
 # --- ties ----------------------------------------------------------------------------------------
 
 

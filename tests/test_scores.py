@@ -43,6 +43,7 @@ def test_the_score_agrees_with_float64_loops():
     np.testing.assert_allclose(patch_score(x, q).numpy(), expected, atol=1e-6)
     exact = patch_score(x.double(), q.double())
     assert exact.dtype == torch.float64
+    assert patch_score(x.double(), q).dtype == torch.float32
     np.testing.assert_allclose(exact.numpy(), expected, atol=1e-14)
 
 

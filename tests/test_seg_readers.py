@@ -1,9 +1,12 @@
 """Label rules, files, and the VOC layout: what is read, and what is refused by name."""
 
+import tarfile
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from eval.segmentation.confusion import count, score
 from eval.segmentation.readers import LABEL_RULES, READERS, check_files, to_ids
 from eval.segmentation.readers.files import find_root, read_ids, read_image, read_labels
 from lazyclip.base.errors import UserError
@@ -177,3 +180,32 @@ def test_a_turned_picture_that_no_longer_fits_its_label_says_why(tmp_path):
     rotated_jpeg(folder / "JPEGImages" / "a1.jpg", (70, 50))
     with pytest.raises(UserError, match=r"50x70 \(the picture's EXIF orientation turned it\)"):
         open_voc(tmp_path).read("a1")
+
+
+# --- real label maps ------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+def test_real_label_maps_of_voc_hold_the_ids_of_both_voc_benchmarks(shared_data, tmp_path):
+    tar = shared_data / "segmentation" / "voc2012_val_masks.tar.gz"
+    if not tar.is_file():
+        pytest.skip(f"{tar.name} is not among the real data")
+    total = np.zeros((20, 20), dtype=np.int64)
+    pixels, read = 0, 0
+    with tarfile.open(tar) as opened:
+        for member in opened:
+            if not member.name.endswith(".png"):
+                continue
+            (tmp_path / "label.png").write_bytes(opened.extractfile(member).read())
+            stored = read_labels(tmp_path / "label.png")
+            to_ids(stored, "as_is", 21, tmp_path / "label.png")
+            ids = to_ids(stored, "zero_ignored", 20, tmp_path / "label.png")
+            pixels += int(((stored >= 1) & (stored <= 20)).sum())
+            total += count(ids, np.where(ids == 255, 7, ids), 20)
+            read += 1
+            if read == 60:
+                break
+    assert read == 60
+    assert total.sum() == pixels > 0
+    assert np.array_equal(total, np.diag(np.diagonal(total)))
+    assert score(total).miou == 1.0

@@ -32,6 +32,7 @@ from .preflight import (
     check_data,
     check_name,
     check_report,
+    check_size,
     check_val,
     default_name,
     describe,
@@ -197,6 +198,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     plan = make_plan(args, source, place)
     precision = args.precision or ("amp_bf16" if place.device.type == "cuda" else "fp32")
     built = build_model(args, place)
+    check_size(args, built.info)
     trainable = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     banner = describe(
         args, parsed.overrode, source, plan, built.info, place, precision, trainable

@@ -6,6 +6,7 @@ Nothing here writes a file: a run that fails its preflight leaves no folder.
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import math
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from lazyclip.factory import ModelInfo
 from lazyclip.shards import class_index_of, expand, iterate_samples
 from lazyclip.zeroshot import ClassList, read_classes, templates
 
-from .data.sources import Source, open_source
+from .data.sources import LOOK_AT, Source, open_source
 from .distributed import Place
 from .optim import default_warmup
 from .params import EXAMPLE, TrainArgs
@@ -114,15 +115,17 @@ def check_val(args: TrainArgs) -> ValData | None:
 
 
 def _look_at(val: ValData) -> None:
-    """Check that the first image has a class that the list names."""
-    first = next(iterate_samples(val.shards[0]), None)
-    target = None if first is None else class_index_of(first)
-    if first is None or target is None:
+    """Check that the first images have classes that the list names."""
+    samples = itertools.islice(iterate_samples(val.shards[0]), LOOK_AT)
+    targets = [(sample.label, class_index_of(sample)) for sample in samples]
+    if not targets or targets[0][1] is None:
         raise UserError(
             f"--val-data {val.shards[0]}: the first sample has no class; its json needs "
             "class_index, or add KEY.cls"
         )
-    check_class(target, first.label, len(val.classes))
+    for label, target in targets:
+        if target is not None:
+            check_class(target, label, len(val.classes))
 
 
 def check_class(target: int, label: str, classes: int) -> None:
@@ -131,6 +134,17 @@ def check_class(target: int, label: str, classes: int) -> None:
         raise UserError(
             f"--val-data {label} has class {target}, and --classes names {classes}; give one name "
             "for each class, in index order"
+        )
+
+
+def check_size(args: TrainArgs, info: ModelInfo) -> None:
+    """Check that whole patches cover a forced image size; raises `UserError`."""
+    size, patch = args.force_image_size, info.patch_size
+    if size is not None and size % patch:
+        below = max(size // patch, 1) * patch
+        raise UserError(
+            f"--force-image-size {size} is no multiple of the {patch} px patches of {info.name}; "
+            f"use {below} or {below + patch}"
         )
 
 

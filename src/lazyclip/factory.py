@@ -159,9 +159,12 @@ def _create_named(
     if open_clip.is_pretrained_cfg(name, tag):
         source = f"the tag '{tag}'"
         quick = _pick_activation(name, weights.tag_activation(name, tag), forced, source)
-        if wanted:
-            weights.fetch_tag(name, tag, given.get("cache_dir"))
-        return plain(**given, pretrained=tag, load_weights=wanted, force_quick_gelu=quick, **extra)
+        if not wanted:
+            # open_clip would download the file all the same: give it what the tag says instead.
+            _prefer_preprocess(given, open_clip.get_pretrained_cfg(name, tag))
+            return plain(**given, load_weights=False, force_quick_gelu=quick, **extra)
+        weights.fetch_tag(name, tag, given.get("cache_dir"))
+        return plain(**given, pretrained=tag, force_quick_gelu=quick, **extra)
     if not Path(pretrained).exists():
         raise weights.unknown_weights(name, pretrained)
     found = weights.read_weights(Path(pretrained))
@@ -189,6 +192,14 @@ def _expecting_no_weights() -> Iterator[None]:
         root.removeFilter(keep)
 
 
+def _prefer_preprocess(given: dict[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Put recorded preprocessing into the arguments, behind what the caller asked for."""
+    keep = ("mean", "std", "interpolation", "resize_mode")
+    found = {key: recorded[key] for key in keep if recorded.get(key) is not None}
+    if found:
+        given["force_preprocess_cfg"] = {**found, **(given.get("force_preprocess_cfg") or {})}
+
+
 def _create_and_fill(
     plain: Callable[..., nn.Module],
     name: str,
@@ -199,10 +210,7 @@ def _create_and_fill(
 ) -> nn.Module:
     """Build without weights, take the record's pooling and preprocessing, load strictly."""
     passport = found.passport if found else weights.Passport()
-    if passport.preprocess:
-        keep = ("mean", "std", "interpolation", "resize_mode")
-        recorded = {k: v for k, v in passport.preprocess.items() if k in keep}
-        given["force_preprocess_cfg"] = {**recorded, **(given.get("force_preprocess_cfg") or {})}
+    _prefer_preprocess(given, passport.preprocess or {})
     with _expecting_no_weights():
         model = plain(**given, force_quick_gelu=quick, **extra)
     if found is None:
