@@ -73,16 +73,17 @@ def _picture(file: Path) -> npt.NDArray[np.uint8]:
 
 
 def _arm_cells(
-    folder: Path, arm: Shown, kind: str, maps: Maps, row: int, paint: Paint
+    masks: Path, maps: Maps, row: int, truth: npt.NDArray[np.int64], paint: Paint
 ) -> list[str]:
     cells = [_cell(paint("own", maps.own[row]), first=True)]
     if maps.votes is not None:
         cells.append(_cell(paint("votes", maps.votes[row])))
     for text, index in zip(maps.text[row], maps.classes[row], strict=True):
         cells.append(_cell(paint("text", text), CLASSES[index]))
-    masks = folder / "results" / arm.name / f"seg-{kind}" / "masks"
     predicted = _labels(masks / f"{maps.ids[row]}.png") + 1  # stored from 0, the palette from 1
-    cells.append(_cell(draw.label_colours(predicted, palette())))
+    shown = draw.label_colours(predicted, palette())
+    pale = (255 - (255 - shown.astype(np.int64)) // 4).astype(np.uint8)
+    cells.append(_cell(np.where((truth > 0)[..., None], shown, pale)))
     return cells
 
 
@@ -124,10 +125,14 @@ def examples(folder: Path, arms: Sequence[Shown], kind: str, rows: int) -> str:
     lines = [_heads(arms, maps)]
     ids = maps[arms[0].name].ids[:rows]
     for row, name in enumerate(ids):
-        truth = draw.label_colours(_labels(world / "SegmentationClass" / f"{name}.png"), palette())
-        cells = [_cell(_picture(world / "JPEGImages" / f"{name}.jpg")), _cell(truth)]
+        truth = _labels(world / "SegmentationClass" / f"{name}.png")
+        cells = [
+            _cell(_picture(world / "JPEGImages" / f"{name}.jpg")),
+            _cell(draw.label_colours(truth, palette())),
+        ]
         for arm in arms:
-            cells += _arm_cells(folder, arm, kind, maps[arm.name], row, paint)
+            masks = folder / "results" / arm.name / f"seg-{kind}" / "masks"
+            cells += _arm_cells(masks, maps[arm.name], row, truth, paint)
         lines.append(f"<tr>{''.join(cells)}</tr>")
     legend = (
         f'<p class="note"><img class="bar" alt="low to high" src="{draw.colour_bar()}"> low to '

@@ -162,8 +162,9 @@ def write_page(folder: Path) -> Path:
         "<h2>Pictures with two things</h2><p><b>Patch score</b>: how near each patch is to the "
         "model's own vector of the picture. <b>Text map</b>: how near it is to the words below it, "
         "left thing first. <b>Votes</b>: for how many channels LaSt picked the patch. "
-        "<b>Masks</b>: the class whose words are nearest, at every pixel; the score counts the "
-        "pixels of the things only. The first pictures of the set, not chosen ones.</p>",
+        "<b>Masks</b>: the class whose words are nearest, at every pixel, pale where the score "
+        "does not look: it counts the pixels of the things only. The first pictures of the set, "
+        "not chosen ones.</p>",
         _class_keys(),
         examples(folder, main, "two", 6),
         "<h2>Pictures with one thing</h2>",

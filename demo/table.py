@@ -155,8 +155,9 @@ def _classes(rows: Mapping[str, Mapping[str, float]]) -> str:
         f"{verdict}: top-1 {_percent(last['top1'])} against {_percent(token['top1'])} on grounds "
         f"that never go with the class, {_percent(last['top1_own'])} against "
         f"{_percent(token['top1_own'])} on grounds that always do; so the shortcut through the "
-        f"ground is worth {_percent(last['top1_own'] - last['top1'])} and "
-        f"{_percent(token['top1_own'] - token['top1'])}."
+        f"ground is worth "
+        f"{100 * (last['top1_own'] - last['top1']):.1f} and "
+        f"{100 * (token['top1_own'] - token['top1']):.1f} points."
     )
 
 

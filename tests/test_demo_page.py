@@ -58,6 +58,7 @@ def test_three_sentences_say_what_good_figures_show():
     assert "more often" in said[1]
     assert "says nothing here" in said[1]
     assert "about as good" in said[2]
+    assert "worth 3.1 and 2.1 points" in said[2]
 
 
 def test_sentences_admit_when_last_is_not_above_painting():
@@ -400,8 +401,12 @@ def test_maps_of_all_models_share_one_range_and_masks_the_palette(tmp_path):
     low, high = (draw.colour_map(np.full((8, 8), v), 0.2, 0.8) for v in (0.2, 0.8))
     assert draw.png_uri(low) in text
     assert draw.png_uri(high) in text
-    painted = np.full((64, 64, 3), palette()[12:15], np.uint8)  # class 3 is palette entry 4
-    assert draw.png_uri(painted) in text
+    stored = tmp_path / "world" / "seg" / "VOCdevkit" / "Toy" / "SegmentationClass" / "000000.png"
+    with Image.open(stored) as opened:
+        on_object = np.asarray(opened) > 0
+    colour = np.array(palette()[12:15])  # class 3 is palette entry 4
+    shown = np.where(on_object[..., None], colour, 255 - (255 - colour) // 4)  # the ground is pale
+    assert draw.png_uri(shown.astype(np.uint8)) in text
 
 
 def test_a_job_is_shown_as_it_would_be_typed(tmp_path):

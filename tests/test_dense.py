@@ -228,3 +228,10 @@ def test_positions_of_a_file_are_resized_as_open_clip_does(size, tmp_path):
     theirs = open_clip.create_model(NATIVE, pretrained=str(path), force_image_size=size)
     ours = open_clip.create_model(f"LaSt-{NATIVE}", pretrained=str(path), force_image_size=size)
     torch.testing.assert_close(ours.visual.positional_embedding, theirs.visual.positional_embedding)
+
+
+def test_dense_features_do_not_pool_so_a_count_may_exceed_a_small_window() -> None:
+    model = lazyclip.attach(lazyclip.load("LaSt-ViT-nano")[0], k=60)
+    dense = lazyclip.encode_dense(model, torch.randn(1, 3, 64, 48))
+    assert dense.shape[-2:] == (8, 6)
+    assert bool(dense.isfinite().all())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from lazyclip.base.registry import Registry
-from lazyclip.tower import encode_tokens, project
+from lazyclip.tower import encode_patches, project
 
 # (model, images B x 3 x H x W) -> B x E x h x w, not normalised.
 DenseMethod = Callable[[nn.Module, Tensor], Tensor]
@@ -19,10 +19,10 @@ METHODS: Registry[DenseMethod] = Registry("dense method")
 
 @METHODS.add("vanilla")
 def _vanilla(model: nn.Module, images: Tensor) -> Tensor:
-    tokens = encode_tokens(model, images)
-    dense = project(model, tokens.patches)  # B x N x E
+    patches, grid = encode_patches(model, images)
+    dense = project(model, patches)  # B x N x E
     B, _, E = dense.shape
-    return dense.transpose(1, 2).reshape(B, E, *tokens.grid)
+    return dense.transpose(1, 2).reshape(B, E, *grid)
 
 
 def encode_dense(model: nn.Module, images: Tensor, method: str = "vanilla") -> Tensor:

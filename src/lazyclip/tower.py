@@ -109,6 +109,22 @@ def encode_tokens(model: nn.Module, images: Tensor) -> Tokens:
     return Tokens(patches, cls, pool_tokens(patches, cls, spec), grid)
 
 
+def encode_patches(model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Encode images into patch tokens alone: nothing is pooled, so any K fits any grid.
+
+    Args and errors as for `encode_tokens`.
+
+    Returns:
+        Patch tokens after the final norm, B x N x D, and their grid (h, w).
+    """
+    trunk = bridge.trunk_of(model)
+    reason = bridge.refusal(trunk)
+    if reason:
+        raise UserError(f"no dense features come out of this tower: {reason}")
+    tokens, prefix, grid = bridge.final_tokens(trunk, images)
+    return tokens[:, prefix:], grid
+
+
 def project(model: nn.Module, x: Tensor) -> Tensor:
     """Carry tower features into the joint image-text space, ... x D to ... x E."""
     return bridge.project(model, x)

@@ -82,9 +82,8 @@ class Progress:
         self._last = now
         rate = self.done / max(now - self.start, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
-        text = (
-            f"{self.done}/{self.total} {self.what}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip()
-        )
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
+        text = f"{self.done}/{self.total} {self.what}, {speed}, {left:.0f} s left {note}".rstrip()
         if self._terminal:
             width = 24
             full = width * self.done // max(self.total, 1)
