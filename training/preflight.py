@@ -189,12 +189,13 @@ def describe(
     known, git = versions(), git_state()
     pooling = ", ".join(f"{key} {value}" for key, value in info.pooling.items())
     lanes = place.world * max(args.workers, 1)
+    held = args.pretrained or ("its own" if info.weights_sha256 else "random")
     lines = [
         "versions: " + ", ".join(f"{name} {version}" for name, version in known.items()),
         f"code: {Path(lazyclip.__file__).parent}, commit {git['commit'] or 'unknown'}"
         + (" with changes" if git["dirty"] else ""),
         f"device: {place.device}, {place.world} ranks, precision {precision}",
-        f"model: {info.name}, weights {args.pretrained or 'random'}, {info.parameters:,} "
+        f"model: {info.name}, weights {held}, {info.parameters:,} "
         f"parameters ({trainable:,} trained), activation {info.activation}, image "
         f"{info.image_size[0]} x {info.image_size[1]} px, {info.grid[0]} x {info.grid[1]} patches",
         f"pooling: {pooling}",
