@@ -28,6 +28,7 @@ from lazyclip.export import save_model
 from lazyclip.factory import build
 from lazyclip.scores import centre_share, chance_share
 from lazyclip.shards import Sample, expand, iterate_samples
+from lazyclip.tower import pooling_of
 from tests.toy import jpeg, write_shard
 
 MODEL = ["--model", "LaSt-ViT-nano", "--random-weights", "--device", "cpu", "--workers", "1"]
@@ -307,6 +308,12 @@ def test_the_twin_of_a_saved_model_has_other_weights_and_the_same_shape(tmp_path
         assert all(torch.equal(one, other) for one, other in pairs) == (seed == 3)
         assert twin.visual.last == built.model.visual.last
         assert not twin.training
+
+
+@pytest.mark.parametrize(("name", "last"), [("LaSt-ViT-nano", {"k": 3}), ("ViT-nano", None)])
+def test_the_twin_of_a_named_model_pools_as_it_does(name, last):
+    built = build(name, last=last)
+    assert pooling_of(untrained_twin(built, 1)) == pooling_of(built.model)
 
 
 def test_bad_samples_follow_the_same_limit(tmp_path, capsys):
