@@ -51,7 +51,7 @@ def read_maps(file: Path) -> Maps:
         )
 
 
-def _range(values: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
+def shared_range(values: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
     """Return the range that all maps of one kind share: the middle 98 % of the values."""
     low, high = np.quantile(np.concatenate([v.ravel() for v in values]), [0.01, 0.99])
     return float(low), float(high)
@@ -62,14 +62,24 @@ def _cell(picture: npt.NDArray[np.uint8], below: str = "", first: bool = False) 
     return f'<td{mark}><img alt="" src="{draw.png_uri(picture)}">{html.escape(below)}</td>'
 
 
-def _labels(file: Path) -> npt.NDArray[np.int64]:
+def read_labels(file: Path) -> npt.NDArray[np.int64]:
+    """Read a label map, H x W."""
     with Image.open(file) as opened:
         return np.asarray(opened, dtype=np.int64)
 
 
-def _picture(file: Path) -> npt.NDArray[np.uint8]:
+def read_picture(file: Path) -> npt.NDArray[np.uint8]:
+    """Read a picture, H x W x 3."""
     with Image.open(file) as opened:
         return np.asarray(opened.convert("RGB"))
+
+
+def mask_colours(file: Path, truth: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Read predicted classes as colours, H x W x 3, pale where the truth is no thing."""
+    predicted = read_labels(file) + 1  # stored from 0, the palette from 1
+    shown = draw.label_colours(predicted, palette())
+    pale = (255 - (255 - shown.astype(np.int64)) // 4).astype(np.uint8)
+    return np.where((truth > 0)[..., None], shown, pale)
 
 
 def _arm_cells(
@@ -80,10 +90,7 @@ def _arm_cells(
         cells.append(_cell(paint("votes", maps.votes[row])))
     for text, index in zip(maps.text[row], maps.classes[row], strict=True):
         cells.append(_cell(paint("text", text), CLASSES[index]))
-    predicted = _labels(masks / f"{maps.ids[row]}.png") + 1  # stored from 0, the palette from 1
-    shown = draw.label_colours(predicted, palette())
-    pale = (255 - (255 - shown.astype(np.int64)) // 4).astype(np.uint8)
-    cells.append(_cell(np.where((truth > 0)[..., None], shown, pale)))
+    cells.append(_cell(mask_colours(masks / f"{maps.ids[row]}.png", truth)))
     return cells
 
 
@@ -113,9 +120,11 @@ def examples(folder: Path, arms: Sequence[Shown], kind: str, rows: int) -> str:
         arm.name: read_maps(folder / "results" / arm.name / "look" / f"{kind}.npz") for arm in arms
     }
     ranges = {
-        "own": _range([m.own for m in maps.values()]),
-        "text": _range([m.text for m in maps.values()]),
-        "votes": _range([m.votes for m in maps.values() if m.votes is not None] or [np.zeros(1)]),
+        "own": shared_range([m.own for m in maps.values()]),
+        "text": shared_range([m.text for m in maps.values()]),
+        "votes": shared_range(
+            [m.votes for m in maps.values() if m.votes is not None] or [np.zeros(1)]
+        ),
     }
 
     def paint(what: str, values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
@@ -125,9 +134,9 @@ def examples(folder: Path, arms: Sequence[Shown], kind: str, rows: int) -> str:
     lines = [_heads(arms, maps)]
     ids = maps[arms[0].name].ids[:rows]
     for row, name in enumerate(ids):
-        truth = _labels(world / "SegmentationClass" / f"{name}.png")
+        truth = read_labels(world / "SegmentationClass" / f"{name}.png")
         cells = [
-            _cell(_picture(world / "JPEGImages" / f"{name}.jpg")),
+            _cell(read_picture(world / "JPEGImages" / f"{name}.jpg")),
             _cell(draw.label_colours(truth, palette())),
         ]
         for arm in arms:
