@@ -16,7 +16,7 @@ from torch.nn import functional
 from lazyclip.base.logs import MetricsWriter
 from lazyclip.export import save_model
 from lazyclip.factory import build
-from tests.toy_run import finished, metrics, train, world
+from tests.toy_run import TINY, finished, metrics, train, world
 from training import loop as module
 from training.data.batches import Batch
 from training.data.samples import Dropped
@@ -175,11 +175,12 @@ def test_dropped_samples_are_named_until_there_are_many(tmp_path, make_loop, cap
 
 
 def test_the_logit_scale_is_kept_below_a_hundred(tmp_path):
-    built = build("LaSt-ViT-nano")
+    built = build(TINY)
     with torch.no_grad():
         built.model.logit_scale.fill_(5.0)
     save_model(built.model, built.info, tmp_path / "hot")
-    ran = train(tmp_path, train_data=world(), train_num_samples=16, pretrained=tmp_path / "hot")
+    ran = train(tmp_path, train_data=world(), train_num_samples=16, model=TINY,
+                pretrained=tmp_path / "hot")  # fmt: skip
     scales = [line["logit_scale"] for line in metrics(ran.folder)]
     assert scales[0] == pytest.approx(100.0)
     assert 99 < scales[1] < 100.001
@@ -197,7 +198,7 @@ def test_the_logit_scale_does_not_fall_below_one(make_loop):
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_saves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="loss at step 2 is nan; nothing is saved"):
-        train(tmp_path, train_data=world(), lr=1e30, warmup=0, save_every=2)
+        train(tmp_path, train_data=world(), lr=1e30, warmup=0, save_every=2, model=TINY)
     status = json.loads((tmp_path / "a" / "status.json").read_text())
     assert (status["state"], status["retryable"], status["step"]) == ("failed", False, 2)
     assert "--grad-clip-norm" in status["reason"]
@@ -216,7 +217,7 @@ def test_weights_that_are_not_finite_are_not_saved_though_the_loss_was(tmp_path,
 
     monkeypatch.setattr(module, "contrastive_loss", overflowing)
     with pytest.raises(RuntimeError, match="step 1 left weights that are not finite"):
-        train(tmp_path, train_data=world(), train_num_samples=8)
+        train(tmp_path, train_data=world(), train_num_samples=8, model=TINY)
     assert not (tmp_path / "a" / "checkpoints").exists()
     assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "failed"
 
@@ -226,7 +227,7 @@ def test_an_interrupted_run_says_so(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "contrastive_loss", interrupted)
-    ran = train(tmp_path, train_data=world())
+    ran = train(tmp_path, train_data=world(), model=TINY)
     assert ran.code == 130
     status = json.loads((ran.folder / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", "KeyboardInterrupt: ")

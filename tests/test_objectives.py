@@ -85,7 +85,9 @@ def expected(case: str) -> dict[str, Tensor]:
     model = make(seed)
     out = model(images, texts)
     x, y = out["image_features"], out["text_features"]
-    value, grads = own_loss(x.detach().numpy(), y.detach().numpy(), float(out["logit_scale"].detach()))
+    value, grads = own_loss(
+        x.detach().numpy(), y.detach().numpy(), float(out["logit_scale"].detach())
+    )
     gx, gy = torch.from_numpy(grads["x"]), torch.from_numpy(grads["y"])
     torch.autograd.backward([x, y], [gx, gy])
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lazyclip.factory import build
-from tests.toy_run import finished
+from tests.toy_run import TINY, finished
 from training.optim import make_optimizer
 from training.state import (
     STATE_FILE,
@@ -57,7 +57,7 @@ def test_a_step_from_a_loaded_checkpoint_is_the_step_that_was_taken():
 
 
 def saved(tmp_path, step: int = 12):
-    built = build("LaSt-ViT-nano")
+    built = build(TINY)
     optimiser = make_optimizer(built.model, **SETTINGS)
     done = Progressed(step, 8 * step, 3)
     return built, save_checkpoint(tmp_path, done, built.model, built.info, optimiser, {"a": 1})

@@ -19,7 +19,7 @@ import lazyclip
 from lazyclip.factory import build
 from lazyclip.tower import pooling_of
 from tests.toy import caption_sample, caption_shards, write_shard
-from tests.toy_run import CLASSES, finished, losses, metrics, small, train, world
+from tests.toy_run import CLASSES, TINY, finished, losses, metrics, small, train, world
 from training import main as entry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +190,7 @@ def test_equal_seeds_give_equal_losses_and_every_pooling_sees_the_same_batches(t
 
 def test_another_seed_gives_other_weights_and_other_batches(tmp_path, seen):
     for seed in (0, 1):
-        train(tmp_path, str(seed), train_data=world(), train_num_samples=8, seed=seed)
+        train(tmp_path, str(seed), train_data=world(), train_num_samples=8, seed=seed, model=TINY)
     assert losses(tmp_path / "0") != losses(tmp_path / "1")
     assert seen[0] != seen[1]
 
@@ -248,7 +248,7 @@ def test_another_image_size_is_trained_saved_and_loaded(tmp_path):
 
 def test_gradient_checkpointing_changes_no_digit(tmp_path):
     for name, flags in (("plain", {}), ("spared", {"grad_checkpointing": True})):
-        train(tmp_path, name, train_data=world(), train_num_samples=16, **flags)
+        train(tmp_path, name, train_data=world(), train_num_samples=16, model=TINY, **flags)
     assert losses(tmp_path / "plain") == losses(tmp_path / "spared")
 
 
@@ -264,11 +264,12 @@ def test_a_run_goes_on_from_a_saved_model_and_its_pooling(tmp_path):
 
 
 def test_bfloat16_training_runs_on_the_cpu_and_saves_float32(tmp_path):
-    ran = train(tmp_path, train_data=world(), train_num_samples=16, precision="amp_bf16")
-    plain = train(tmp_path, "plain", train_data=world(), train_num_samples=16)
-    assert losses(ran.folder) == pytest.approx(losses(plain.folder), rel=0.02)
-    assert losses(ran.folder) != losses(plain.folder)
-    assert {v.dtype for v in weights(ran.folder / "model").values()} == {torch.float32}
+    how = {"train_data": world(), "train_num_samples": 16, "model": TINY}
+    half = train(tmp_path, "half", **how, precision="amp_bf16")
+    plain = train(tmp_path, "plain", **how)
+    assert losses(half.folder) == pytest.approx(losses(plain.folder), rel=0.02)
+    assert losses(half.folder) != losses(plain.folder)
+    assert {v.dtype for v in weights(half.folder / "model").values()} == {torch.float32}
 
 
 # --- several ranks --------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import tests.toy_models  # noqa: F401  registers TINY
 from tests.toy import caption_shards
 from training.main import main
 
+# Where the model does not matter: a tenth of LaSt-ViT-nano.
+TINY = "LaSt-Toy-ViT"
 CLASSES = ("red", "blue", "green")
 PER_SHARD = 8
 _KEPT: list[tempfile.TemporaryDirectory] = []
