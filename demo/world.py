@@ -58,7 +58,7 @@ protocols:
     logit_scale: 40
     threshold: 0
     area: 0
-    pamr: none
+    pamr: off
 """
 
 

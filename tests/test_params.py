@@ -7,12 +7,13 @@ import pytest
 
 from lazyclip.base.errors import UserError
 from lazyclip.base.resources import config_root
-from training.params import FOREIGN, TrainArgs, make_parser, parse, read_recipe
+from training.params import FOREIGN, FOREIGN_VALUES, TrainArgs, make_parser, parse, read_recipe
 
 # The flags of `training.main`. People type these and scripts hold them: a change here is one of the
 # public interface and stands in the changelog.
 FLAG_TEXT = """
---augment --batch-size --beta1 --beta2 --classes --config --dataset-resampled --device --dry-run
+--augment --batch-size --beta1 --beta2 --classes --config --dataset-resampled --dataset-type
+--device --dry-run
 --epochs --eps --force-image-size --force-quick-gelu --gather-with-grad --grad-checkpointing
 --grad-clip-norm --help --last-eps --last-k --last-kernel --last-pooling --last-score --last-sigma
 --local-loss --lock-image --lock-image-unlocked-groups --lock-text --log-every-n-steps --logs --lr
@@ -23,7 +24,8 @@ FLAG_TEXT = """
 
 # Those of them that open_clip 3.3's trainer has too, with its spelling.
 ALSO_TEXT = """
---batch-size --beta1 --beta2 --dataset-resampled --device --epochs --eps --force-image-size
+--batch-size --beta1 --beta2 --dataset-resampled --dataset-type --device --epochs --eps
+--force-image-size
 --force-quick-gelu --gather-with-grad --grad-checkpointing --grad-clip-norm --local-loss
 --lock-image --lock-image-unlocked-groups --lock-text --log-every-n-steps --logs --lr --model
 --name --precision --pretrained --report-to --seed --train-data --train-num-samples --val-data
@@ -223,7 +225,7 @@ def test_a_value_of_the_wrong_type_names_key_and_type(tmp_path, line):
 
 def test_choices_hold_in_recipes_too(tmp_path):
     text = error_of("--config", recipe(tmp_path, "precision: fp16\n"))
-    assert "amp_bf16, fp32" in text
+    assert "use amp_bf16 or fp32" in text
 
 
 def test_pooling_settings_of_a_recipe_are_read_like_the_flags(tmp_path):
@@ -262,3 +264,16 @@ def test_every_shipped_recipe_parses(file):
     assert args != TrainArgs(config=file.stem)
     first = file.read_text().splitlines()[0]
     assert first.startswith("#")
+
+
+@pytest.mark.parametrize(("key", "value"), sorted(FOREIGN_VALUES))
+def test_values_of_open_clip_that_are_not_taken_are_answered_by_name(key, value):
+    flag = f"--{key.replace('_', '-')}"
+    text = error_of(flag, value)
+    assert text == f"{flag} {value} is open_clip's: {FOREIGN_VALUES[key, value]}"
+
+
+def test_the_curves_may_be_named_in_a_list_and_each_name_is_looked_at():
+    assert parse(["--report-to", "tensorboard,none"]).args.report_to == "tensorboard,none"
+    assert "wandb is open_clip's" in error_of("--report-to", "tensorboard,wandb")
+    assert "--report-to tensorbord is not known" in error_of("--report-to", "tensorbord")

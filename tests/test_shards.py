@@ -352,3 +352,10 @@ def test_real_shards_hold_what_they_say(shared_data):
         assert index == json.loads(sample.parts["json"])["class_index"]
         counts[index] += 1
     assert counts == [25] * 200
+
+
+def test_a_table_given_as_shards_is_called_one(tmp_path):
+    table = tmp_path / "train.csv"
+    table.write_text("filepath\ttitle\na.jpg\ta cat\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"train.csv looks like a table, and only tar shards"):
+        expand(str(table))

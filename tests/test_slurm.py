@@ -142,4 +142,4 @@ def test_training_meets_on_the_first_host_and_passes_the_flags(tmp_path: Path) -
     assert words[words.index("--rdzv-endpoint") + 1] == "n1:29500"
     assert words[words.index("--nnodes") + 1] == "2"
     assert words[words.index("--rdzv-id") + 1] == "17"
-    assert words[-4:] == ["-m", "training.main", "--train-data", "a b/{0..1}.tar"]
+    assert words[-5:] == ["-m", "--", "training.main", "--train-data", "a b/{0..1}.tar"]

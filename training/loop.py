@@ -137,7 +137,7 @@ class Loop:
         self.dropped[record.reason] += 1
         number = self.dropped.total()
         if number <= NAMED:
-            log.warning("dropped %s: %s %s", record.label, record.reason, record.detail)
+            log.warning("dropped %s: %s: %s", record.label, record.reason, record.detail)
         if number == NAMED:
             log.warning("further dropped samples are counted, not named")
         seen = number + (self.step + 1) * self.run_.args.batch_size

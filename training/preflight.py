@@ -72,7 +72,7 @@ def has_tensorboard() -> bool:
 
 def check_report(args: TrainArgs) -> None:
     """Check that what `--report-to` asks for is installed; raises `UserError`."""
-    if args.report_to == "tensorboard" and not has_tensorboard():
+    if "tensorboard" in args.report_to.split(",") and not has_tensorboard():
         raise UserError("--report-to tensorboard needs tensorboard: pip install tensorboard")
 
 
@@ -187,14 +187,18 @@ def describe(
 ) -> list[str]:
     """Phrase the banner: versions, code, device, model, data, plan; one line each."""  # fmt: skip
     known, git = versions(), git_state()
-    pooling = ", ".join(f"{key} {value}" for key, value in info.pooling.items())
+    shown = {**info.pooling}
+    if shown["sigma"] is None:
+        shown["sigma"] = "sqrt(D)"
+    pooling = ", ".join(f"{key} {value}" for key, value in shown.items())
+    ranks = f"{place.world} rank" + ("s" if place.world > 1 else "")
     lanes = place.world * max(args.workers, 1)
     held = args.pretrained or ("its own" if info.weights_sha256 else "random")
     lines = [
         "versions: " + ", ".join(f"{name} {version}" for name, version in known.items()),
         f"code: {Path(lazyclip.__file__).parent}, commit {git['commit'] or 'unknown'}"
         + (" with changes" if git["dirty"] else ""),
-        f"device: {place.device}, {place.world} ranks, precision {precision}",
+        f"device: {place.device}, {ranks}, precision {precision}",
         f"model: {info.name}, weights {held}, {info.parameters:,} "
         f"parameters ({trainable:,} trained), activation {info.activation}, image "
         f"{info.image_size[0]} x {info.image_size[1]} px, {info.grid[0]} x {info.grid[1]} patches",

@@ -22,7 +22,7 @@ from lazyclip.zeroshot import ClassList, read_classes, templates
 from .readers import LABEL_RULES, READERS
 
 Remainder = Literal["drop"]
-Pamr = Literal["none"]
+Pamr = Literal["off"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Protocol:
         logit_scale: factor on cosines before the softmax.
         threshold: best class probability below which a pixel becomes background, 0 for never.
         area: share of the foreground up to which a class is removed from an image, 0 for none.
-        pamr: refinement of the maps by the image, `none`.
+        pamr: refinement of the maps by the image, `off`.
     """
 
     name: str
@@ -234,6 +234,8 @@ def _make_protocol(
     for key, most in (("logit_scale", math.inf), ("threshold", 1.0), ("area", 1.0)):
         if key in checked:
             checked[key] = _number(checked[key], key, where, 0.0, most)
+    if checked.get("pamr") is False:
+        checked["pamr"] = "off"  # YAML reads the bare word as a truth value
     for key in ("mean", "std"):
         if key in checked:
             checked[key] = _triple(checked[key], key, where)

@@ -293,13 +293,27 @@ def build(
         tower.attach_spec(model, PoolSpec.from_mapping({**current, **last}, "--last-*"))
     model = model.to(device).eval()
     train, val = bridge.transforms_of(model)
+    # Before the tokenizer, which some models fetch: a tower that does not fit is refused at once.
+    info = _describe(model, name, pretrained, loaded)
     return Built(
         model=model,
         preprocess_train=train,
         preprocess_val=val,
-        tokenizer=open_clip.get_tokenizer(asked),
-        info=_describe(model, name, pretrained, loaded),
+        tokenizer=_tokenizer(asked),
+        info=info,
     )
+
+
+def _tokenizer(asked: str) -> Callable[..., torch.Tensor]:
+    try:
+        with weights.hub_in_one_try():
+            return open_clip.get_tokenizer(asked)
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or ["unknown reason"])[0][:200]
+        raise UserError(
+            f"the tokenizer of {asked} could not be downloaded ({reason}); run once where there is "
+            "a network, or copy the hub's cache"
+        ) from error
 
 
 def _create(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lazyclip.base.config import strict
-from lazyclip.base.errors import UserError
+from lazyclip.base.errors import UserError, unknown
 from lazyclip.base.registry import Registry
 from lazyclip.lowpass import KERNELS, Kernel, low_pass, resolve_sigma
 
@@ -252,7 +252,7 @@ class PoolSpec:
             ("kernel", self.kernel, KERNELS),
         ):
             if value not in known:
-                raise UserError(f"{field} is {value!r}; use one of {', '.join(known)}")
+                raise unknown(field, str(value), known)
         if not _is_some_k(self.k):
             raise UserError(f"k is {self.k!r}; use a count (int) or a fraction in (0, 1] (float)")
         try:

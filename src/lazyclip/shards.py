@@ -28,6 +28,7 @@ from lazyclip.base.errors import UserError
 
 log = logging.getLogger(__name__)
 ENDINGS = (".tar", ".tar.gz", ".tgz")
+TABLES = (".csv", ".tsv", ".parquet", ".json", ".jsonl", ".txt")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512  # tar's unit; an archive ends with blocks of zeros
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -118,6 +119,11 @@ def _one_name(name: str) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(ENDINGS))
     if path.exists():
+        if path.suffix.lower() in TABLES:
+            raise UserError(
+                f"{path} looks like a table, and only tar shards are read; pack KEY.jpg and "
+                "KEY.txt of each row into tars, or give the folder of the shards"
+            )
         return [path]
     if glob.has_magic(name):
         hits = sorted(Path(hit) for hit in glob.glob(name, recursive=True))

@@ -5,6 +5,7 @@ Not here: which records come (`sources`), transforms and batches (`batches`).
 
 import dataclasses
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,11 +39,11 @@ class Pair:
 
 
 def read_shard(shard: Path) -> Iterator[Sample | Dropped]:
-    """Read a shard's samples; a damaged rest becomes one `Dropped` with reason `shard`."""
+    """Read a shard's samples; a damaged rest becomes one `Dropped` with reason `rest of shard`."""
     try:
         yield from iterate_samples(shard)
     except ShardError as error:
-        yield Dropped(shard.name, "shard", str(error))
+        yield Dropped(shard.name, "rest of shard", str(error))
 
 
 def decode_picture(content: bytes) -> Image.Image:
@@ -61,7 +62,9 @@ def decode_picture(content: bytes) -> Image.Image:
     except Exception as error:
         # A decoder may raise anything on damaged bytes; one picture must not end a run. The caller
         # counts and names it.
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        # Pillow names the stream it read from by its address, which says nothing.
+        reason = re.sub(r" ?<_io\.BytesIO object at \w+>", "", str(error))
+        raise ValueError(f"{type(error).__name__}: {reason}") from None
 
 
 def decode(sample: Sample, turn: Turn) -> Pair | Dropped:
