@@ -169,7 +169,7 @@ def test_dropped_samples_are_named_until_there_are_many(tmp_path, make_loop, cap
     loop = make_loop(batches=iter([batch] * 2), steps=2, max_bad_fraction=1)
     loop.run()
     named = [m for m in caplog.messages if m.startswith("dropped 0.tar:")]
-    assert named == [f"dropped 0.tar:{n}: no caption has jpg" for n in range(20)]
+    assert named == [f"dropped 0.tar:{n}: no caption: has jpg" for n in range(20)]
     assert caplog.messages.count("further dropped samples are counted, not named") == 1
     assert loop.dropped == {"no caption": 50}
 

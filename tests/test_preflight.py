@@ -107,7 +107,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
     assert ran.err == ""
     assert list(tmp_path.iterdir()) == []
     for words in (
-        "device: cpu, 1 ranks, precision fp32",
+        "device: cpu, 1 rank, precision fp32",
         "model: LaSt-ViT-nano, weights random, 7,582,465 parameters (7,582,465 trained)",
         "activation gelu, image 64 x 64 px, 8 x 8 patches",
         "pooling: pooling last, score paper, k 12,",

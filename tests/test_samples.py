@@ -75,13 +75,13 @@ def test_the_rest_of_a_truncated_shard_is_one_named_record(tmp_path):
     *before, last = read_shard(shard)
     assert [s.ordinal for s in before] == [0, 1]
     assert isinstance(last, Dropped)
-    assert (last.label, last.reason) == ("00004.tar", "shard")
+    assert (last.label, last.reason) == ("00004.tar", "rest of shard")
     assert "truncated or damaged after 2 whole samples" in last.detail
 
 
 def test_a_shard_that_went_away_is_one_named_record(tmp_path):
     (gone,) = read_shard(tmp_path / "00009.tar")
-    assert (gone.label, gone.reason) == ("00009.tar", "shard")
+    assert (gone.label, gone.reason) == ("00009.tar", "rest of shard")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])

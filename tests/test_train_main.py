@@ -209,6 +209,15 @@ def test_the_loss_falls_on_an_easy_world(tmp_path):
     assert metrics(ran.folder)[-1]["probe/top1"] > 0.9
 
 
+def test_without_augmentation_a_picture_is_the_same_in_each_pass(tmp_path, seen):
+    shard = write_shard(tmp_path / "0.tar", [caption_sample(0, CLASSES)])
+    for name, flags in (("cropped", {}), ("whole", {"no_augment": True})):
+        train(tmp_path, name, train_data=shard, epochs=3, batch_size=1, model=TINY, **flags)
+    cropped, whole = seen
+    assert len(set(cropped)) == 3
+    assert len(set(whole)) == 1
+
+
 # --- what the model flags do ----------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from lazyclip import bridge, tower, weights
 from lazyclip.base.config import read_json
 from lazyclip.base.errors import UserError, unknown
+from lazyclip.base.record import shorten
 from lazyclip.base.resources import config_names, config_root
 from lazyclip.pooling import PoolSpec
 
@@ -52,8 +53,9 @@ class ModelInfo:
     weights_sha256: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return dataclasses.asdict(self)
+        """Return the fields for JSON; a path as name is shortened, results carry none whole."""
+        fields = {key: shorten(value) for key, value in dataclasses.asdict(self).items()}
+        return fields
 
 
 @dataclasses.dataclass(frozen=True)
