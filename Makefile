@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 SEED ?= 0
+# Test processes.
+JOBS ?= 2
 PY := .venv/bin/python
 # torch and torchvision are taken together, so that both come from one build: a CPU wheel of one
 # beside a CUDA wheel of the other does not import. For a CPU-only pair:
@@ -26,7 +28,7 @@ venv: .venv/.ready
 	@touch $@
 
 test: venv
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
 lint: venv
 	$(PY) -m ruff format --check .
