@@ -10,7 +10,7 @@ PY := .venv/bin/python
 #   make venv TORCH="torch torchvision --index-url URL_OF_THE_CPU_WHEELS"
 TORCH ?= torch torchvision
 
-.PHONY: venv test test-all lint demo demo-full bench clean
+.PHONY: venv test lint demo demo-full bench clean
 
 venv: .venv/.ready
 

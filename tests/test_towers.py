@@ -381,7 +381,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(kind):
     before = model.encode_image(pixels())
     with pytest.raises(UserError, match=f"17 exceeds the {N} patches of this tower at 32 x 32 px"):
         lazyclip.attach(model, k=17)
-    with pytest.raises(UserError, match="score is 'papr'"):
+    with pytest.raises(UserError, match="unknown score 'papr'"):
         lazyclip.attach(model, score="papr")
     assert torch.equal(model.encode_image(pixels()), before)
     lazyclip.attach(model, k=16)  # the largest that fits

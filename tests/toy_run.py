@@ -4,7 +4,9 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +47,28 @@ def small(**changes: object) -> list[str]:
     return words
 
 
+@contextlib.contextmanager
+def _logging_put_back() -> Iterator[None]:
+    """Take an entry point's log handlers away again; else its out.log would go on growing."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+            handler.close()
+        for handler in handlers:
+            root.addHandler(handler)
+        root.setLevel(level)
+        logging.captureWarnings(False)
+
+
 def train(logs: Path, name: str = "a", **changes: object) -> Ran:
     """Run `training.main` in this process; exceptions that it does not answer come through."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with _logging_put_back(), streams[0], streams[1]:
         code = main(small(logs=logs, name=name, **changes))
     return Ran(code, out.getvalue(), err.getvalue(), logs / name)
 
