@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lazyclip.base.errors import UserError
-from lazyclip.factory import Built, build
+from lazyclip.factory import Built, build, known_name
 from lazyclip.poolflags import POOL_FLAGS, pool_overrides
 from lazyclip.weights import CONFIG_FILE
 
@@ -48,6 +48,9 @@ def load_from_flags(args: argparse.Namespace) -> Built:
     Raises:
         UserError: no weights and no `--random-weights`, or what `factory.build` refuses.
     """
+    if (Path(args.model) / "model" / CONFIG_FILE).is_file():
+        args.model = str(Path(args.model) / "model")  # a run's folder means the model it left
+    known_name(args.model)
     saved = (Path(args.model) / CONFIG_FILE).is_file() or ":" in args.model
     if args.random_weights and (args.pretrained or saved):
         raise UserError("--random-weights and given weights exclude each other; leave one out")

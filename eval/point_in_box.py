@@ -9,7 +9,7 @@ measurement (`pointing`), training probes.
 import argparse
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from lazyclip.factory import Built, build
 from lazyclip.shards import expand
 from lazyclip.zeroshot import TEMPLATE_NAMES, ClassList, read_classes, templates, text_features
 
+from .commandline import RESULTS, Parser, check_output
 from .models import add_model_flags, load_from_flags
 from .pointing import (
     FILTERS,
@@ -50,14 +51,11 @@ from .samples import (
 )
 
 log = logging.getLogger(__name__)
+EXAMPLE = 'python -m eval.point_in_box --val-data "val/{00000..00001}.tar" --model logs/NAME/model'
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.point_in_box",
-        description="Score how often the best patch lies in the object's box.",
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    parser = Parser(EXAMPLE, "Score how often the best patch lies in the object's box.")
     add_sample_flags(parser)
     group = parser.add_argument_group("measure")
     add = group.add_argument
@@ -229,11 +227,35 @@ def save_maps(path: Path, found: Found) -> None:
     log.info("maps of %d images written to %s", len(found.keys), path)
 
 
+def write_results(
+    folder: Path,
+    rows: Sequence[Row],
+    settings: Settings,
+    grid: tuple[int, int],
+    more: Mapping[str, object],
+) -> None:
+    """Write results.json: the first row's figures on top, all of them under `rows`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [{**dataclasses.asdict(row), "rule": settings.rule, "q": settings.q} for row in rows]
+    result = {
+        **shown[0],
+        "rows": shown,
+        "geometry": settings.geometry,
+        "resize": settings.resize,
+        "space": settings.space,
+        "grid": grid,
+        **more,
+    }
+    write_json(folder / RESULTS, result)
+    log.info("written to %s", folder)
+
+
 def run(argv: Sequence[str] | None = None) -> None:
     """Score Point-in-Box on shards whose json carries boxes."""
-    args = _parser().parse_args(argv)
+    args = _parser().read(argv, "--val-data")
     setup()
     check_sample_flags(args)
+    check_output(args.save_maps, args.overwrite, "--save-maps")
     settings = read_settings(args)
     classes = read_classes(args.classes) if args.q == "text" else None
     if classes is not None:
@@ -271,23 +293,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     if args.save_maps is not None:
         save_maps(args.save_maps, found)
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        shown = [
-            {**dataclasses.asdict(row), "rule": settings.rule, "q": settings.q} for row in rows
-        ]
-        result = {
-            **shown[0],
-            "rows": shown,
-            "geometry": settings.geometry,
-            "resize": settings.resize,
-            "space": settings.space,
-            "grid": grid,
+        more = {
             "skipped": dict(tally.skipped),
             "model": built.info.to_dict(),
             "record": {**record, "end": utc_now()},
         }
-        write_json(args.output / "results.json", result)
-        log.info("written to %s", args.output)
+        write_results(args.output, rows, settings, grid, more)
 
 
 main = cli(run)

@@ -28,6 +28,8 @@ from lazyclip.shards import (
     read_json_part,
 )
 
+from .commandline import add_output_flags, check_output
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 NAMED = 5  # bad samples that are logged by name
@@ -71,16 +73,14 @@ class Tally:
 def add_sample_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name shards, how they are read, and where results go."""
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--val-data", required=True, help='shards, such as "val/{00000..00009}.tar" or a folder'
-    )
+    group.add_argument("--val-data", help='shards, such as "val/{00000..00009}.tar" or a folder')
     group.add_argument("--batch-size", type=int, default=64, help="images at a time (default 64)")
     group.add_argument("--workers", type=int, default=2, help="threads that decode (default 2)")
     group.add_argument("--limit", type=int, help="read this many samples only")
     group.add_argument(
         "--max-bad", type=int, default=0, help="bad samples to skip before it is an error"
     )
-    group.add_argument("--output", type=Path, help="folder for results.json (default: none)")
+    add_output_flags(group, "none")
 
 
 def check_sample_flags(args: argparse.Namespace) -> None:
@@ -89,8 +89,7 @@ def check_sample_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < low:
             raise UserError(f"--{flag.replace('_', '-')} {value} is below {low}")
-    if args.output is not None and args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output {args.output} is a file; name a folder")
+    check_output(args.output, args.overwrite)
 
 
 def read_shards(shards: Sequence[Path], limit: int | None = None) -> Iterator[Sample]:

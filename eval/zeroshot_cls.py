@@ -29,6 +29,7 @@ from lazyclip.zeroshot import (
     topk_correct,
 )
 
+from .commandline import Parser
 from .models import add_model_flags, load_from_flags
 from .samples import (
     Tally,
@@ -45,6 +46,13 @@ from .samples import (
 
 log = logging.getLogger(__name__)
 TOP = (1, 5)
+EXAMPLE = (
+    'python -m eval.zeroshot_cls --val-data "val/{00000..00001}.tar" --classes classes.txt '
+    "--model logs/NAME/model"
+)
+FOREIGN = {
+    "--imagenet-val": "folders of classes are not read; give shards with --val-data and --classes"
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +73,13 @@ class Scored:
         return self.correct[k] / self.n if k in self.correct else None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.zeroshot_cls",
-        description="Score zero-shot classification on shards that carry classes.",
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        EXAMPLE, "Score zero-shot classification on shards that carry classes.", FOREIGN
     )
     add_sample_flags(parser)
     parser.add_argument(
         "--classes",
-        required=True,
         help="the shards' classes in the order of their index: a text file (one a line, synonyms "
         "by ', '), a classes.json, a shipped list, or a comma list",
     )
@@ -184,7 +189,7 @@ def _classify(
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Score zero-shot classification on shards that carry classes."""
-    args = _parser().parse_args(argv)
+    args = _parser().read(argv, "--val-data", "--classes")
     setup()
     check_sample_flags(args)
     classes = read_classes(args.classes)

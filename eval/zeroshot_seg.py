@@ -28,6 +28,7 @@ from lazyclip.dense import METHODS
 from lazyclip.factory import Built
 from lazyclip.zeroshot import text_features
 
+from .commandline import RESULTS, Parser, add_output_flags, check_output
 from .models import add_model_flags, load_from_flags
 from .segmentation.confusion import Counts, Scores, score
 from .segmentation.engine import cosine_maps
@@ -40,7 +41,6 @@ from .segmentation.results import class_table, result_parts, summary, write_clas
 log = logging.getLogger(__name__)
 
 MODULE = "eval.zeroshot_seg"
-RESULTS = "results.json"
 EXAMPLE = (
     f"python -m {MODULE} --dataset voc20 --model ViT-B-16-quickgelu --pretrained openai "
     "--data-root data"
@@ -49,13 +49,9 @@ TEXTS = 256  # encoded in one pass
 SAME = 2e-3  # means and deviations of 0..1 closer than this differ by rounding only
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Make the parser of this command."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        description="Score zero-shot segmentation of one benchmark with one model.",
-        epilog=f"example: {EXAMPLE}",
-    )
+    parser = Parser(EXAMPLE, "Score zero-shot segmentation of one benchmark with one model.")
     known = ", ".join(config_names("protocols", ".yaml"))
     data = parser.add_argument_group("task")
     data.add_argument("--dataset", help=f"{known}, or the path of such a YAML file")
@@ -73,8 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--batch-size", type=int, default=32, help="windows in one pass (32)")
     out = parser.add_argument_group("results")
-    out.add_argument("--output", type=Path, help="folder (logs/seg/DATASET-MODEL-WEIGHTS)")
-    out.add_argument("--overwrite", action="store_true", help="replace results that are there")
+    add_output_flags(out, "logs/seg/DATASET-MODEL-WEIGHTS")
     out.add_argument(
         "--save-predictions", type=Path, metavar="DIR", help="write DIR/ID.png of class ids"
     )
@@ -102,18 +97,6 @@ def default_output(args: argparse.Namespace, task: Task) -> Path:
         f"first{args.limit}" if args.limit else "",
     ]
     return Path("logs") / "seg" / "-".join(word for word in words if word)
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if (output / RESULTS).exists() and not overwrite:
-        raise UserError(
-            f"{output / RESULTS} exists; give another folder with --output, or --overwrite"
-        )
-    place = output
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--output {output}: {place} is no folder that can be written to")
 
 
 def _check_predictions(args: argparse.Namespace, reader: Reader, names: Sequence[str]) -> None:
@@ -166,7 +149,7 @@ def prepare(args: argparse.Namespace) -> Job:
     names = reader.ids[: args.limit]
     check_files(reader, names)
     args.output = args.output or default_output(args, task)
-    _check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite)
     if args.save_predictions:
         _check_predictions(args, reader, names)
     read_pair(task, reader, names[0])  # a wrong encoding shows in the first file
@@ -255,7 +238,7 @@ def report(job: Job, built: Built, scores: Scores, args: argparse.Namespace) -> 
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Score zero-shot segmentation."""
-    args = make_parser().parse_args(argv)
+    args = make_parser().read(argv)
     setup()
     job = prepare(args)
     built = load_from_flags(args)

@@ -247,7 +247,7 @@ def _create_saved(
     return model
 
 
-def _known_name(name: str) -> str:
+def known_name(name: str) -> str:
     """Return the name open_clip is to be asked for; unknown ones raise, nearest first."""
     if name.startswith((LOCAL, HUB)):
         return name
@@ -283,7 +283,7 @@ def build(
     Raises:
         UserError: unknown name or tag, a file that does not fit, K > N, contradicting activations.
     """
-    asked = _known_name(name)
+    asked = known_name(name)
     if asked.startswith((LOCAL, HUB)) and pretrained:
         raise UserError(f"{name} is a saved model with weights; leave --pretrained out")
     with torch.random.fork_rng(devices=[]):
@@ -423,7 +423,7 @@ def load(
 
 def model_config(info: ModelInfo) -> dict[str, Any]:
     """Return the config that rebuilds a model: open_clip's form plus `vision_cfg.last`."""
-    asked = _known_name(info.name)
+    asked = known_name(info.name)
     config = copy.deepcopy(open_clip.get_model_config(asked))
     if config is None:
         raise UserError(f"no config is known for {info.name}")
