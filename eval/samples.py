@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lazyclip.base.errors import UserError
 from lazyclip.boxes import Box, from_inclusive
@@ -192,6 +192,11 @@ def picture_of(sample: Sample) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError:
+        # Pillow's own text names the stream by its address in memory.
+        raise BadSample(
+            "undecodable", "its picture does not decode (cannot identify image file)"
+        ) from None
     except _UNDECODABLE as error:
         raise BadSample("undecodable", f"its picture does not decode ({error})") from None
 

@@ -137,7 +137,8 @@ class Loop:
         self.dropped[record.reason] += 1
         number = self.dropped.total()
         if number <= NAMED:
-            log.warning("dropped %s: %s: %s", record.label, record.reason, record.detail)
+            why = f"{record.reason}: {record.detail}" if record.detail else record.reason
+            log.warning("dropped %s: %s", record.label, why)
         if number == NAMED:
             log.warning("further dropped samples are counted, not named")
         seen = number + (self.step + 1) * self.run_.args.batch_size

@@ -182,7 +182,7 @@ def geometry(trunk: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[
         embed = trunk.patch_embed
         size, patch, grid = embed.img_size, embed.patch_size, embed.grid_size
     else:
-        raise UserError(f"no patch grid is known of {refusal(trunk)}")
+        raise UserError(f"this tower has no patch grid: {refusal(trunk)}")
     return _pair(size), _pair(patch), _pair(grid)
 
 
