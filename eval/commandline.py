@@ -95,6 +95,8 @@ def check_output(path: Path | None, overwrite: bool, flag: str = "--output") -> 
     if is_folder and path.exists() and not path.is_dir():
         raise UserError(f"{flag} {path} is a file; give a folder")
     taken = path / RESULTS if is_folder else path
+    if taken.is_dir():
+        raise UserError(f"{flag} {path}: {taken} is a folder; name another place")
     if taken.exists() and not overwrite:
         raise UserError(f"{taken} exists; give another place with {flag}, or --overwrite")
     place = path if is_folder else path.parent

@@ -22,7 +22,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a model, its weights, its pooling, and where it runs."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="LaSt-ViT-B-16", help="a model name, or a saved model's folder"
+        "--model",
+        default="LaSt-ViT-B-16",
+        help="a model name, or a saved model's or a run's folder",
     )
     group.add_argument("--pretrained", help="a tag, a weight file, or a saved model's folder")
     group.add_argument(
@@ -43,7 +45,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def load_from_flags(args: argparse.Namespace) -> Built:
     """Build the model that the flags name, in eval mode on its device.
 
-    Sets `args.device` and `args.precision` to what is used.
+    Sets `args.device`, `args.precision` and `args.model` (a run's folder means the model it left)
+    to what is used.
 
     Raises:
         UserError: no weights and no `--random-weights`, or what `factory.build` refuses.

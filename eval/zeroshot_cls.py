@@ -29,7 +29,7 @@ from lazyclip.zeroshot import (
     topk_correct,
 )
 
-from .commandline import Parser
+from .commandline import RESULTS, Parser
 from .models import add_model_flags, load_from_flags
 from .samples import (
     Tally,
@@ -222,7 +222,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         "record": {**record, "end": utc_now()},
     }
     _write_per_class(args.output / "per_class.csv", scored, classes)
-    write_json(args.output / "results.json", result)
+    write_json(args.output / RESULTS, result)
     log.info("written to %s", args.output)
 
 

@@ -1,4 +1,4 @@
-"""eval.models: a run's folder as a model; eval.samples: what is said of bytes that are no picture."""
+"""eval.models: a run's folder as a model; eval.samples: bytes that are no picture."""
 
 import argparse
 from pathlib import Path
