@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m demo.run", description="Make a small world, train on it, show what differs."
     )
     parser.add_argument("--seed", type=int, default=0, help="of the world and the weights (0)")
-    parser.add_argument("--full", action="store_true", help="four more poolings (three times as long)")
+    parser.add_argument("--full", action="store_true", help="four more poolings, thrice the time")
     parser.add_argument(
         "--output", type=Path, default=OUTPUT, help=f"folder, replaced when it is ours ({OUTPUT})"
     )

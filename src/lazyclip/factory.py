@@ -251,8 +251,9 @@ def known_name(name: str) -> str:
     """Return the name open_clip is to be asked for; unknown ones raise, nearest first."""
     if name.startswith((LOCAL, HUB)):
         return name
-    if Path(name).is_dir() and ((Path(name) / weights.CONFIG_FILE).is_file()):
-        return f"{LOCAL}{name}"
+    for folder in (Path(name), Path(name) / "model"):  # a saved model, or the run that left one
+        if (folder / weights.CONFIG_FILE).is_file():
+            return f"{LOCAL}{folder}"
     cleaned = name.replace("/", "-")
     if cleaned not in open_clip.list_models():
         raise unknown("model", name, open_clip.list_models(), "pass --model NAME or a saved folder")
