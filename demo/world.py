@@ -55,6 +55,7 @@ protocols:
     window: {side}
     stride: {side}
     remainder: drop
+    positions: offset
     logit_scale: 40
     threshold: 0
     area: 0

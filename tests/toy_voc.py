@@ -28,6 +28,7 @@ protocols:
     window: 64
     stride: 32
     remainder: drop
+    positions: offset
     logit_scale: 40
     threshold: 0
     area: 0

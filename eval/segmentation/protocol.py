@@ -20,9 +20,12 @@ from lazyclip.base.resources import config_file
 from lazyclip.zeroshot import ClassList, read_classes, templates
 
 from .readers import LABEL_RULES, READERS
+from .readers.labels import lookup
+from .values import choice, mapping, number, parsed, texts, triple
 
-Remainder = Literal["drop"]
-Pamr = Literal["off"]
+Remainder = Literal["drop", "pad"]
+Positions = Literal["offset", "antialias"]
+Pamr = Literal["off", "naclip", "original"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Benchmark:
         labels: rule from stored to scored ids, a name of `readers.LABEL_RULES`.
         background: whether class 0 is a background class that a threshold may assign.
         palette: csv of display colours, None for generated ones.
+        folders: other names under which people keep the folder.
+        also: layout -> label rule of another truth for the same pictures, used where the first is
+            not on disk; the rule is in the hash.
+        download: what to get for it and where to put it, one line a file.
+        traps: known faults of copies of this data set, names of `check.TRAPS`.
     """
 
     dataset: str
@@ -52,6 +60,10 @@ class Benchmark:
     labels: str
     background: bool
     palette: Path | None = None
+    folders: tuple[str, ...] = ()
+    also: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    download: tuple[str, ...] = ()
+    traps: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +87,15 @@ class Protocol:
         window: window side in pixels, 0 for the whole image.
         stride: window step in pixels.
         remainder: what happens to window pixels beyond whole patches; `drop` cuts them off at the
-            right and bottom and stretches the map over the window.
+            right and bottom and stretches the map over the window, `pad` fills up with zeros on
+            all sides and cuts the map.
+        positions: how position embeddings are resized to another grid: `offset` is the published
+            code's (bicubic, sampled at steps of (n + 0.1) / g), `antialias` is open_clip's.
         logit_scale: factor on cosines before the softmax.
         threshold: best class probability below which a pixel becomes background, 0 for never.
         area: share of the foreground up to which a class is removed from an image, 0 for none.
-        pamr: refinement of the maps by the image, `off`.
+        pamr: refinement of the maps by the image: `off`, `naclip` (10 iterations, dilations 8 16)
+            or `original` (10 iterations, dilations 1 2 4 8 12 24).
     """
 
     name: str
@@ -98,6 +114,7 @@ class Protocol:
     window: int
     stride: int
     remainder: Remainder
+    positions: Positions
     logit_scale: float
     threshold: float
     area: float
@@ -135,37 +152,6 @@ class Task:
         return (*first, *self.classes.names[1:])
 
 
-def _number(
-    value: object, key: str, where: str, low: float, high: float = math.inf, *, whole: bool = False
-) -> float:
-    number = math.nan
-    if isinstance(value, int if whole else int | float) and not isinstance(value, bool):
-        number = value
-    if not low <= number <= high or math.isinf(number):
-        kind = "whole number" if whole else "number"
-        limits = f"from {low:g} on" if math.isinf(high) else f"within {low:g}..{high:g}"
-        raise UserError(f"{where}: {key} is {value!r}; give a {kind} {limits}")
-    return int(number) if whole else float(number)
-
-
-def _triple(value: object, key: str, where: str) -> tuple[float, float, float]:
-    if not isinstance(value, list) or len(value) != 3:
-        raise UserError(f"{where}: {key} is {value!r}; give three numbers, red green blue")
-    red, green, blue = (_number(v, key, where, 0.0) for v in value)
-    return red, green, blue
-
-
-def _choice(value: object, key: str, where: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{where}: {key} is {value!r}; {nearest(str(value), known)}")
-
-
-def _mapping(value: object, key: str, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        raise UserError(f"{where}: {key} must be a mapping with at least one entry")
-    return {str(k): v for k, v in value.items()}
-
-
 def _data_file(value: object, kind: str, suffix: str, yaml: Path) -> Path:
     """Find a file named in a YAML: a name below `configs/`, or a path seen from the YAML."""
     name = str(value)
@@ -176,17 +162,20 @@ def _data_file(value: object, kind: str, suffix: str, yaml: Path) -> Path:
 
 def _read_benchmark(values: dict[str, Any], yaml: Path, split: str | None) -> Benchmark:
     where = str(yaml)
-    needed = [f.name for f in dataclasses.fields(Benchmark) if f.default is dataclasses.MISSING]
-    for key in needed:
-        if key not in values:
-            raise UserError(f"{where}: key '{key}' is missing")
+    missing = dataclasses.MISSING
+    for field in dataclasses.fields(Benchmark):
+        if field.default is missing and field.default_factory is missing:
+            _need(field.name, values, where)
     values["classes"] = _data_file(values["classes"], "classes", ".txt", yaml)
     if values.get("palette") is not None:
         values["palette"] = _data_file(values["palette"], "palettes", ".csv", yaml)
     values["images"] = {
-        name: int(_number(count, f"images.{name}", where, 1, whole=True))
-        for name, count in _mapping(values["images"], "images", where).items()
+        name: int(number(count, f"images.{name}", where, 1, whole=True))
+        for name, count in mapping(values["images"], "images", where).items()
     }
+    for key in ("folders", "download", "traps"):
+        values[key] = texts(values.get(key, []), key, where)
+    values["also"] = mapping(values["also"], "also", where) if "also" in values else {}
     values["split"] = split or values["split"]
     benchmark = strict(Benchmark, values, where)
     if not isinstance(benchmark.background, bool):
@@ -194,14 +183,22 @@ def _read_benchmark(values: dict[str, Any], yaml: Path, split: str | None) -> Be
     for key in ("dataset", "title", "layout", "folder", "split", "labels"):
         if not isinstance(getattr(benchmark, key), str):
             raise UserError(f"{where}: {key} is {getattr(benchmark, key)!r}; give text")
-    _choice(benchmark.layout, "layout", where, tuple(READERS))
-    _choice(benchmark.labels, "labels", where, tuple(LABEL_RULES))
+    for layout, labels in [(benchmark.layout, benchmark.labels), *benchmark.also.items()]:
+        choice(layout, "layout", where, tuple(READERS))
+        choice(labels, "labels", where, tuple(LABEL_RULES))
     return benchmark
 
 
+def _need(key: str, values: Mapping[str, object], where: str) -> None:
+    if key not in values:
+        raise UserError(f"{where}: key '{key}' is missing")
+
+
 def _check(protocol: Protocol, where: str) -> None:
-    _choice(protocol.remainder, "remainder", where, get_args(Remainder))
-    _choice(protocol.pamr, "pamr", where, get_args(Pamr))
+    choice(protocol.remainder, "remainder", where, get_args(Remainder))
+    choice(protocol.positions, "positions", where, get_args(Positions))
+    choice(protocol.pamr, "pamr", where, get_args(Pamr))
+    lookup(protocol.labels, protocol.classes)  # a table of another length raises
     if protocol.window and not 1 <= protocol.stride <= protocol.window:
         raise UserError(
             f"{where}: stride {protocol.stride} leaves gaps between windows of {protocol.window}; "
@@ -219,27 +216,46 @@ def _check(protocol: Protocol, where: str) -> None:
         )
 
 
+def _checked_numbers(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings with numbers in one form, so that 40 and 40.0 have one hash."""
+    checked = dict(values)
+    for key, low in (("short", 1), ("cap", 1), ("window", 0), ("stride", 0)):
+        if key in checked:
+            checked[key] = int(number(checked[key], key, where, low, whole=True))
+    for key, most in (("logit_scale", math.inf), ("threshold", 1.0), ("area", 1.0)):
+        if key in checked:
+            checked[key] = number(checked[key], key, where, 0.0, most)
+    if checked.get("pamr") is False:
+        checked["pamr"] = "off"  # YAML reads the bare word as a truth value
+    for key in ("mean", "std"):
+        if key in checked:
+            checked[key] = triple(checked[key], key, where)
+    return checked
+
+
+FROM_BENCHMARK = (
+    "name", "dataset", "split", "labels", "background",
+    "classes", "classes_sha256", "templates_sha256",
+)  # fmt: skip
+SETTINGS = tuple(f.name for f in dataclasses.fields(Protocol) if f.name not in FROM_BENCHMARK)
+
+
 def _make_protocol(
     name: str,
-    values: dict[str, Any],
+    values: Mapping[str, Any],
     benchmark: Benchmark,
     classes: ClassList,
     template_texts: list[str],
     where: str,
 ) -> Protocol:
-    checked = dict(values)
-    for key, low in (("short", 1), ("cap", 1), ("window", 0), ("stride", 0)):
-        if key in checked:
-            checked[key] = int(_number(checked[key], key, where, low, whole=True))
-    for key, most in (("logit_scale", math.inf), ("threshold", 1.0), ("area", 1.0)):
-        if key in checked:
-            checked[key] = _number(checked[key], key, where, 0.0, most)
-    if checked.get("pamr") is False:
-        checked["pamr"] = "off"  # YAML reads the bare word as a truth value
-    for key in ("mean", "std"):
-        if key in checked:
-            checked[key] = _triple(checked[key], key, where)
-    from_file = {
+    checked = _checked_numbers(values, where)
+    for key in checked:
+        if key not in SETTINGS:
+            known = (*SETTINGS, "classes")
+            raise UserError(f"{where}: unknown key '{key}'; {nearest(key, known)}")
+    for key in SETTINGS:
+        _need(key, checked, where)
+    from_benchmark = {
         "name": name,
         "dataset": benchmark.dataset,
         "split": benchmark.split,
@@ -249,14 +265,7 @@ def _make_protocol(
         "classes_sha256": classes.sha256,
         "templates_sha256": hashlib.sha256("\n".join(template_texts).encode()).hexdigest(),
     }
-    settings = [f.name for f in dataclasses.fields(Protocol) if f.name not in from_file]
-    for key in checked:
-        if key not in settings:
-            raise UserError(f"{where}: unknown key '{key}'; {nearest(key, settings)}")
-    for key in settings:
-        if key not in checked:
-            raise UserError(f"{where}: key '{key}' is missing")
-    protocol = strict(Protocol, {**checked, **from_file}, where)
+    protocol = strict(Protocol, {**checked, **from_benchmark}, where)
     _check(protocol, where)
     return protocol
 
@@ -266,34 +275,100 @@ def _find_templates(value: object, yaml: Path) -> list[Callable[[str], str]]:
     return templates(str(yaml.parent / name) if name.endswith(".txt") else name)
 
 
-def read_task(dataset: str, protocol: str | None = None, split: str | None = None) -> Task:
+def _find_classes(value: object, benchmark: Benchmark, yaml: Path, where: str) -> ClassList:
+    """Read the class file of a protocol; it may rename the benchmark's classes, not drop one."""
+    own = read_classes(benchmark.classes)
+    if value is None:
+        return own
+    file = _data_file(value, "classes", ".txt", yaml)
+    classes = read_classes(file)
+    if len(classes) != len(own):
+        raise UserError(
+            f"{where}: class file {file} has {len(classes)} classes, {benchmark.dataset} has "
+            f"{len(own)}; write one class a line in the order of {benchmark.classes}"
+        )
+    return classes
+
+
+def _split_name(name: str, overrides: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """Split `sclip+threshold=0.2` into the name and its changes; `overrides` are added."""
+    first, *parts = name.split("+")
+    changes: dict[str, object] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key or not value:
+            raise UserError(f"protocol '{name}': '{part}' is no KEY=VALUE, such as threshold=0.2")
+        changes[key] = value
+    return first, {**changes, **overrides}
+
+
+def _override(
+    settings: Mapping[str, Any], changes: Mapping[str, object], where: str
+) -> tuple[dict[str, Any], str]:
+    """Replace single values of a protocol; returns the settings and the suffix of its name."""
+    merged = dict(settings)
+    words = []
+    for key in sorted(changes):
+        known = (*SETTINGS, "classes")
+        if key not in known:
+            raise unknown("protocol key", key, known)
+        value = changes[key]
+        if key in ("classes", "templates"):
+            name = str(value)  # a path is seen from here, not from the protocol file
+            value = str(Path(name).resolve()) if name.endswith(".txt") else name
+            written = Path(name).stem
+        else:
+            value = parsed(value)
+            listed = list(value) if isinstance(value, list | tuple) else [value]
+            value = listed if isinstance(value, list | tuple) else value
+            written = ",".join(f"{v:.12g}" if isinstance(v, float) else str(v) for v in listed)
+        before = _checked_numbers({key: settings[key]}, where)[key] if key in settings else None
+        if _checked_numbers({key: value}, where)[key] == before:
+            continue  # nothing changes, neither hash nor name
+        merged[key] = value
+        words.append(f"+{key}={written}")
+    return merged, "".join(words)
+
+
+def read_task(
+    dataset: str,
+    protocol: str | None = None,
+    split: str | None = None,
+    overrides: Mapping[str, object] | None = None,
+) -> Task:
     """Read a benchmark and one of its protocols.
 
     Args:
         dataset: name of a file in `configs/protocols`, or the path of such a YAML file. Class,
             template and palette files in it are names, or paths seen from the YAML's folder.
-        protocol: name of a protocol in it; None for the first.
+        protocol: name of a protocol in it, None for the first; changes may follow in the form in
+            which results write them, such as `sclip+threshold=0.2`.
         split: another split than the file's own.
+        overrides: protocol keys -> values that replace the file's (texts such as `0.2` are read as
+            numbers). They change the hash, and the name becomes `sclip+threshold=0.2`.
 
     Raises:
         UserError: an unknown name or key (nearest names first), a missing key, a value out of
-            range, a threshold without a background class.
+            range, a class file of another length, a threshold without a background class.
     """
     yaml = config_file("protocols", dataset, ".yaml", "data set")
     values = read_yaml(yaml)
-    protocols = _mapping(values.pop("protocols", None), "protocols", str(yaml))
-    name = next(iter(protocols)) if protocol is None else protocol
+    protocols = mapping(values.pop("protocols", None), "protocols", str(yaml))
+    name, changes = _split_name(protocol or next(iter(protocols)), overrides or {})
     if name not in protocols:
         raise unknown(f"protocol of {dataset}", name, protocols)
     benchmark = _read_benchmark(values, yaml, split)
-    classes = read_classes(benchmark.classes)
     where = f"{yaml}: protocols.{name}"
-    settings = _mapping(protocols[name], f"protocols.{name}", str(yaml))
+    settings = mapping(protocols[name], f"protocols.{name}", str(yaml))
+    settings, suffix = _override(settings, changes, f"protocol {name} of {dataset}")
+    if suffix:
+        name, where = name + suffix, f"protocol {name}{suffix} of {benchmark.dataset}"
+    classes = _find_classes(settings.pop("classes", None), benchmark, yaml, where)
     prompts = _find_templates(settings.get("templates", "openai"), yaml)
-    texts = [prompt("{}") for prompt in prompts]
+    prompt_texts = [prompt("{}") for prompt in prompts]
     return Task(
         benchmark=benchmark,
-        protocol=_make_protocol(name, settings, benchmark, classes, texts, where),
+        protocol=_make_protocol(name, settings, benchmark, classes, prompt_texts, where),
         classes=classes,
         templates=prompts,
     )

@@ -3,6 +3,8 @@
 Not here: where a benchmark keeps its files (one module each).
 """
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +16,65 @@ from lazyclip.base.errors import UserError
 from .labels import Labels
 
 ORIENTATION = 0x0112  # EXIF tag
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
+# What Pillow raises on files that are cut short, damaged, or no pictures.
+BROKEN = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 
 
-def find_root(root: Path, folder: str, proof: str) -> Path:
+class NotHereError(UserError):
+    """A data set, or a part of it, is not where it is looked for.
+
+    `depth` says how much was found: 0 nothing, 1 its folder, 2 a part of what belongs in it.
+    """
+
+    def __init__(self, text: str, depth: int = 2) -> None:
+        """Hold the message."""
+        super().__init__(text)
+        self.depth = depth
+
+
+def find_root(root: Path, folder: str, *proofs: str) -> Path:
     """Find a benchmark's own folder from the data root a user gave.
 
     Args:
         root: the folder that holds `folder`, or any folder on the way down to it, or itself.
         folder: the benchmark's own folder, such as `VOCdevkit/VOC2012`.
-        proof: a path that stands inside it, such as `ImageSets/Segmentation`.
+        proofs: paths of which at least one stands inside it, such as `ImageSets/Segmentation`.
 
     Raises:
-        UserError: no such folder, with what was expected where.
+        NotHereError: no such folder, with what was expected where.
     """
     if not root.is_dir():
-        raise UserError(f"data root {root} is no folder; it should hold {folder}; give --data-root")
+        raise NotHereError(
+            f"data root {root} is no folder; it should hold {folder}; give --data-root", 0
+        )
     parts = Path(folder).parts
     places = [root.joinpath(*parts[start:]) for start in range(len(parts) + 1)]
     for place in places:
-        if (place / proof).exists():
+        if any((place / proof).exists() for proof in proofs):
             return place
-    raise UserError(
-        f"no {folder}/{proof} in data root {root}; unpack the data set so that "
-        f"{places[0] / proof} exists, or give its place with --data-root"
+    wanted = " or ".join(f"{folder}/{proof}" for proof in proofs)
+    raise NotHereError(
+        f"no {wanted} in data root {root}; unpack the data set so that "
+        f"{places[0] / proofs[0]} exists, or give its place with --data-root",
+        int(places[0].is_dir()),
     )
+
+
+def find_part(folder: Path, *names: str) -> Path:
+    """Return the first of several folders that exists in a data set's own folder.
+
+    Raises:
+        NotHereError: none does.
+    """
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    others = f" (nor {', '.join(names[1:])})" if len(names) > 1 else ""
+    raise NotHereError(f"{folder / names[0]} does not exist{others}; complete the data set")
 
 
 def read_ids(file: Path) -> list[str]:
@@ -64,15 +101,40 @@ def read_ids(file: Path) -> list[str]:
     return ids
 
 
-def _open(file: Path) -> Image.Image:
+def _orientation(opened: Image.Image) -> int:
+    if opened.format == "PNG" and "exif" not in opened.info:
+        return 1  # asking further would decode the picture a second time
+    return int(opened.getexif().get(ORIENTATION, 1)) or 1
+
+
+def _open(file: Path, coarse: bool = False) -> Image.Image:
+    """Decode a picture; `coarse` lets a JPEG come out smaller, for a check of its data alone."""
     try:
         with Image.open(file) as opened:
+            if coarse:
+                opened.draft("L", (1, 1))
             opened.load()
             return opened
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: not readable as a picture ({error})") from None
+    except BROKEN as error:
+        why = "the file is empty" if file.is_file() and not file.stat().st_size else error
+        raise UserError(f"{file}: not readable as a picture ({why}); get it again") from None
+
+
+def picture_size(file: Path) -> tuple[int, int, int]:
+    """Read height and width as shown, and the EXIF orientation; the data are decoded coarsely.
+
+    Raises:
+        UserError: no such file, no picture, or one cut short.
+    """
+    try:
+        with Image.open(file) as head:
+            width, height = head.size
+    except BROKEN:
+        pass  # the next line says so
+    orientation = _orientation(_open(file, coarse=True))
+    return (width, height, orientation) if orientation in SIDEWAYS else (height, width, orientation)
 
 
 def read_image(file: Path) -> tuple[npt.NDArray[np.uint8], bool]:
@@ -82,7 +144,7 @@ def read_image(file: Path) -> tuple[npt.NDArray[np.uint8], bool]:
         H x W x 3 uint8, red green blue, and whether the orientation turned it.
     """
     opened = _open(file)
-    turned = opened.getexif().get(ORIENTATION, 1) not in (0, 1)
+    turned = _orientation(opened) != 1
     upright = ImageOps.exif_transpose(opened) if turned else opened
     return np.asarray(upright.convert("RGB"), dtype=np.uint8), turned
 
@@ -96,6 +158,17 @@ def read_labels(file: Path) -> Labels:
             "values are label ids (colour-coded copies do not hold them); use the original files"
         )
     return np.asarray(opened, dtype=np.int64)
+
+
+def read_colour_ids(file: Path) -> Labels:
+    """Read ids red + 256 green + 65536 blue, H x W int64, from a colour picture."""
+    opened = _open(file)
+    if opened.mode != "RGB":
+        raise UserError(
+            f"{file} has mode {opened.mode}; expected the colours RGB of a COCO panoptic map; use "
+            "the original files"
+        )
+    return np.asarray(opened, dtype=np.int64) @ np.array([1, 256, 65536])
 
 
 def check_pair(image: npt.NDArray[np.uint8], label: Labels, file: Path, turned: bool) -> None:

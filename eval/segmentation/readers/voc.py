@@ -3,48 +3,37 @@
 Not here: what the label ids mean (`labels`).
 """
 
-import dataclasses
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+from lazyclip.base.errors import unknown
 
-from lazyclip.base.errors import UserError, unknown
-
-from .files import check_pair, find_root, read_ids, read_image, read_labels
-from .labels import Labels
-
-LISTS = Path("ImageSets") / "Segmentation"
+from .files import NotHereError, find_part, find_root, read_ids
+from .folders import FolderReader
 
 
-@dataclasses.dataclass(frozen=True)
-class VocReader:
-    """Pictures and stored labels of one split, by id."""
+def open_lists(root: Path, folder: str, split: str, lists: str) -> tuple[Path, tuple[str, ...]]:
+    """Find a VOC-like folder and the ids of a split.
 
-    folder: Path
-    ids: tuple[str, ...]
+    Args:
+        root: data root, see `files.find_root`.
+        folder: the data set's own folder, such as `VOCdevkit/VOC2012`.
+        split: name of a list.
+        lists: folder of the lists, such as `ImageSets/Segmentation`.
 
-    def image_file(self, name: str) -> Path:
-        """Return the picture of an id."""
-        return self.folder / "JPEGImages" / f"{name}.jpg"
-
-    def label_file(self, name: str) -> Path:
-        """Return the label file of an id."""
-        return self.folder / "SegmentationClass" / f"{name}.png"
-
-    def read(self, name: str) -> tuple[npt.NDArray[np.uint8], Labels]:
-        """Read image H x W x 3 uint8 and stored label ids H x W int64 of one size.
-
-        Raises:
-            UserError: a missing or broken file, or two sizes.
-        """
-        image, turned = read_image(self.image_file(name))
-        label = read_labels(self.label_file(name))
-        check_pair(image, label, self.image_file(name), turned)
-        return image, label
+    Returns:
+        The folder, and the ids in the order of the list.
+    """
+    found = find_root(root, folder, lists)
+    file = found / lists / f"{split}.txt"
+    if not file.is_file():
+        known = [path.stem for path in (found / lists).glob("*.txt")]
+        if not known:
+            raise NotHereError(f"{file} does not exist; complete the data set")
+        raise unknown("split", split, known, f"{file} does not exist")
+    return found, tuple(read_ids(file))
 
 
-def open_voc(root: Path, folder: str, split: str) -> VocReader:
+def open_voc(root: Path, folder: str, split: str) -> FolderReader:
     """Open a split of a data set in VOC layout.
 
     Args:
@@ -55,12 +44,6 @@ def open_voc(root: Path, folder: str, split: str) -> VocReader:
     Raises:
         UserError: a folder or list is missing.
     """
-    found = find_root(root, folder, str(LISTS))
-    file = found / LISTS / f"{split}.txt"
-    if not file.is_file():
-        lists = [path.stem for path in (found / LISTS).glob("*.txt")]
-        raise unknown("split", split, lists, f"{file} does not exist")
-    for name in ("JPEGImages", "SegmentationClass"):
-        if not (found / name).is_dir():
-            raise UserError(f"{found / name} does not exist; expected beside {LISTS}")
-    return VocReader(found, tuple(read_ids(file)))
+    found, ids = open_lists(root, folder, split, "ImageSets/Segmentation")
+    images, labels = find_part(found, "JPEGImages"), find_part(found, "SegmentationClass")
+    return FolderReader(ids, images, ".jpg", labels, ".png")
