@@ -8,10 +8,13 @@ import timm
 import torch
 from open_clip.transformer import VisionTransformer
 from timm.models.eva import Eva
+from torch import nn
+from torch.nn import functional
 
 import lazyclip
 from lazyclip import bridge
-from tests.toy_models import EVA, KINDS, NATIVE, make
+from lazyclip.bridge.shadow import shadowed
+from tests.toy_models import EVA, KINDS, NATIVE, config_of, make
 
 
 def test_the_installed_open_clip_fits():
@@ -51,7 +54,8 @@ def test_a_changed_function_is_named(monkeypatch, owner, name, value, said):
     ("owner", "name"),
     [(VisionTransformer, "_global_pool"), (VisionTransformer, "_pool"),
      (VisionTransformer, "_embeds"), (VisionTransformer, "forward_intermediates"),
-     (Eva, "pool"), (timm.models.vision_transformer.VisionTransformer, "pool")],
+     (Eva, "pool"), (timm.models.vision_transformer.VisionTransformer, "pool"),
+     (Eva, "_pos_embed"), (timm.models.vision_transformer.VisionTransformer, "_pos_embed")],
 )  # fmt: skip
 def test_a_missing_method_of_a_tower_is_named(monkeypatch, owner, name):
     monkeypatch.delattr(owner, name)
@@ -120,3 +124,145 @@ def test_a_state_dict_that_fits_is_passed_through_and_never_changed_in_place():
     assert all(torch.equal(state[key], before[key]) for key in before)
     same = bridge.adapt_state_dict(make(NATIVE), make(NATIVE).state_dict())
     assert all(torch.equal(same[key], value) for key, value in make(NATIVE).state_dict().items())
+
+
+# --- other tensors for one call -------------------------------------------------------------------
+
+
+def test_a_shadow_is_read_in_place_of_parameter_and_buffer_and_goes_with_the_block():
+    module = nn.BatchNorm1d(2)
+    weight, mean = module.weight, module.running_mean
+    order = list(module.state_dict())
+    shadow = 2 * weight
+    with shadowed(module, weight=shadow, running_mean=torch.ones(2)):
+        assert module.weight is shadow
+        assert module.running_mean.tolist() == [1, 1]
+        assert list(module.state_dict()) == order
+        module.weight.sum().backward()
+    assert module.weight is weight
+    assert weight.grad.tolist() == [2, 2]
+    assert module.running_mean is mean
+    assert not set(vars(module)) & {"weight", "running_mean"}
+
+
+def test_a_shadow_goes_after_an_error_too_and_shadows_nest():
+    module = nn.Linear(1, 1).requires_grad_(False)
+    with shadowed(module, bias=torch.tensor([3.0])):
+        with pytest.raises(RuntimeError), shadowed(module, bias=torch.tensor([4.0])):
+            module(torch.zeros(1, 5))
+        assert float(module.bias) == 3
+        with shadowed(module, bias=torch.tensor([4.0])):
+            assert float(module(torch.zeros(1))) == 4
+        assert float(module(torch.zeros(1))) == 3
+    assert isinstance(module.bias, nn.Parameter)
+
+
+# --- the text tower -------------------------------------------------------------------------------
+
+TEXTS = ["cat", "a red bus", "the old dog at the very end of a long road that never ends"]
+
+
+def text_model(kind: str = NATIVE, **text) -> nn.Module:
+    return make(kind, text_cfg={**config_of(kind)["text_cfg"], "layers": 2, **text})
+
+
+def tokens_of(texts: list[str]) -> torch.Tensor:
+    return open_clip.get_tokenizer(NATIVE)(texts)
+
+
+@pytest.mark.parametrize("kind", [NATIVE, EVA])
+def test_a_cut_prompt_gives_the_feature_of_the_full_length(kind):
+    model = text_model(kind, context_length=77)
+    tokens = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
+    assert bridge.text_lengths(model, tokens).tolist() == [3, 5, 16]
+    owner = getattr(model, "text", model)
+    seen = []
+    owner.token_embedding.register_forward_hook(lambda m, a, out: seen.append(tuple(a[0].shape)))
+    for texts, longest in ((tokens, 16), (tokens[:2], 5), (tokens[:1], 3)):
+        with torch.no_grad():
+            short, full = bridge.encode_text(model, texts), model.encode_text(texts)
+        assert seen[-2:] == [(len(texts), longest), (len(texts), 77)]
+        unit, wanted = (functional.normalize(x, dim=-1) for x in (short, full))
+        torch.testing.assert_close(unit, wanted, rtol=0, atol=1e-6)
+    assert not {"attn_mask", "positional_embedding"} & set(vars(owner))
+
+
+def test_a_cut_before_the_end_token_would_be_another_feature():
+    # So that the equality above shows that the length is right and not just that all lengths do.
+    model = text_model(context_length=77)
+    tokens = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
+    with torch.no_grad():
+        full = model.encode_text(tokens)
+        owner = {"attn_mask": model.attn_mask[:15, :15],
+                 "positional_embedding": model.positional_embedding[:15]}  # fmt: skip
+        with shadowed(model, **owner):
+            cut = model.encode_text(tokens[:, :15])
+    torch.testing.assert_close(cut[:2], full[:2], rtol=0, atol=1e-5)
+    assert float((cut[2] - full[2]).abs().max()) > 1e-2
+
+
+def test_the_end_token_is_found_by_its_id_where_the_tower_pools_there():
+    model = text_model(EVA, pool_type="eos", eos_id=49407)
+    tokens = tokens_of(["cat", "a red bus"])
+    assert bridge.text_lengths(model, tokens).tolist() == [3, 5]
+    with torch.no_grad():
+        ours, full = bridge.encode_text(model, tokens), model.encode_text(tokens)
+    torch.testing.assert_close(ours, full, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"no_causal_mask": True}, {"embed_cls": True}, {"pool_type": "last"}, {"pool_type": "first"}],
+    ids=str,
+)
+def test_where_a_cut_is_not_exact_the_full_length_is_taken(how):
+    model = text_model(EVA, **how)
+    tokens = tokens_of(["cat", "dog"])
+    assert bridge.text_lengths(model, tokens).tolist() == [8, 8]
+    with torch.no_grad():
+        assert torch.equal(bridge.encode_text(model, tokens), model.encode_text(tokens))
+
+
+class OtherText(nn.Module):
+    """A text tower that is not open_clip's own, as one from Hugging Face."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+        self.register_buffer("attn_mask", torch.full((8, 8), -torch.inf).triu_(1))
+        self.pool_type, self.positional_embedding = "argmax", torch.zeros(8, 1)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return text.shape[1] * self.weight.expand(len(text), -1)
+
+
+def test_a_text_tower_of_another_make_gets_the_full_length():
+    model = make(EVA)
+    model.text = OtherText()
+    assert bridge.encode_text(model, tokens_of(["cat"])).unique().tolist() == [8]
+
+
+def test_a_model_of_another_make_gets_the_full_length():
+    class Other(type(make(NATIVE))):
+        """What it does with the tokens is not known."""
+
+    model = make(NATIVE)
+    model.__class__ = Other
+    assert bridge.text_lengths(model, tokens_of(["cat"])).tolist() == [8]
+
+
+def test_no_text_is_no_error_and_a_gradient_reaches_the_positions_read():
+    model = make(NATIVE)
+    assert bridge.encode_text(model, tokens_of(["cat"])[:0]).shape == (0, 16)
+    bridge.encode_text(model, tokens_of(["cat"])).sum().backward()
+    read = model.positional_embedding.grad.abs().sum(dim=1) > 0
+    assert read.tolist() == [True] * 3 + [False] * 5
+
+
+@pytest.mark.parametrize("kind", [NATIVE, EVA])
+def test_cut_prompts_work_under_autocast(kind):
+    model = make(kind)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        short = bridge.encode_text(model, tokens_of(["cat"])).float()
+        full = model.encode_text(tokens_of(["cat"])).float()
+    assert float((short - full).abs().max()) < 0.05 * float(full.abs().max())

@@ -12,7 +12,7 @@ import lazyclip
 from lazyclip import bridge
 from lazyclip.base.errors import UserError
 from lazyclip.dense import METHODS
-from tests import reference, toy_models
+from tests import reference, reference_dense, toy_models
 from tests.test_towers import base, caught_patches, final_norm, trunk_of
 from tests.toy_models import EVA, KINDS, NATIVE, PATCH, SIZE, TIMM, make, pixels
 
@@ -77,32 +77,43 @@ def test_the_pooling_does_not_change_the_dense_map(kind):
         assert torch.equal(lazyclip.encode_dense(toy_models.last(base(kind), k=1), pixels()), plain)
 
 
-def created_at(kind: str, size: tuple[int, int]) -> nn.Module:
+INTERPOLATION = {
+    "antialias": reference.resize_positions,
+    "offset": reference_dense.offset_positions,
+}
+
+
+def created_at(kind: str, size: tuple[int, int], positions: str = "antialias") -> nn.Module:
     """The base model's weights in a model that was created at another size, positions resized."""
     model = make(kind, force_image_size=size)
     grid = (size[0] // PATCH, size[1] // PATCH)
     state = dict(base(kind).state_dict())
     key = "visual.positional_embedding" if kind == NATIVE else "visual.trunk.pos_embed"
     rows = state[key].reshape(-1, state[key].shape[-1]).double().numpy()
-    resized = reference.resize_positions(rows, (SIZE // PATCH, SIZE // PATCH), grid)
+    resized = rows  # on the own grid neither changes them
+    if grid != (SIZE // PATCH, SIZE // PATCH):
+        resized = INTERPOLATION[positions](rows, (SIZE // PATCH, SIZE // PATCH), grid)
     state[key] = torch.from_numpy(resized).float().reshape(model.state_dict()[key].shape)
     model.load_state_dict(state)
     return model
 
 
+@pytest.mark.parametrize("positions", INTERPOLATION)
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_sizes_equal_a_tower_created_at_that_size(kind, size):
+def test_other_sizes_equal_a_tower_created_at_that_size(kind, size, positions):
     images = pixels(size=size)
-    other = created_at(kind, size)
+    other = created_at(kind, size, positions)
     with torch.no_grad():
-        dense = lazyclip.encode_dense(base(kind), images)
+        dense = lazyclip.encode_dense(base(kind), images, positions=positions)
         with caught_patches(other) as found:
             pooled = other.encode_image(images)
         h, w = size[0] // PATCH, size[1] // PATCH
         assert dense.shape == (2, 16, h, w)
         flat = dense.flatten(2).transpose(1, 2)
         np.testing.assert_allclose(flat, projected(other, found[0]), atol=2e-4)
+        if positions != "antialias":
+            return
         tokens = lazyclip.encode_tokens(base(kind), images)
         assert tokens.grid == (h, w)
         torch.testing.assert_close(
@@ -110,12 +121,13 @@ def test_other_sizes_equal_a_tower_created_at_that_size(kind, size):
         )
 
 
+@pytest.mark.parametrize("positions", INTERPOLATION)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_grid_of_equal_count_and_other_shape_gets_other_positions(kind):
+def test_a_grid_of_equal_count_and_other_shape_gets_other_positions(kind, positions):
     # 2 x 8 and 4 x 4 patches are both 16: by count alone the positions would be taken unchanged.
     wide = pixels(size=(16, 64))
     with torch.no_grad():
-        right = lazyclip.encode_dense(base(kind), wide)
+        right = lazyclip.encode_dense(base(kind), wide, positions=positions)
         trap = copy.deepcopy(created_at(kind, (16, 64)))
         key = "visual.positional_embedding" if kind == NATIVE else "visual.trunk.pos_embed"
         trap.load_state_dict({**trap.state_dict(), key: base(kind).state_dict()[key]})
@@ -218,7 +230,46 @@ def test_resized_positions_equal_the_reference(old, new):
 
 def test_an_own_grid_is_returned_unchanged():
     rows = torch.randn(17, 8)
-    assert bridge.resize_positions(rows, (4, 4), (4, 4)) is rows
+    for how in bridge.POSITIONS:
+        assert bridge.resize_positions(rows, (4, 4), (4, 4), how=how) is rows
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((14, 14), (7, 28)), ((14, 14), (28, 28)), ((14, 14), (10, 10)), ((24, 24), (16, 16)),
+     ((14, 14), (14, 9)), ((2, 8), (4, 4)), ((4, 4), (1, 1)), ((3, 5), (5, 3)), ((1, 1), (2, 3))],
+)  # fmt: skip
+def test_the_published_interpolation_equals_the_reference(old, new, prefix):
+    rows = np.random.default_rng(0).standard_normal((prefix + old[0] * old[1], 3))
+    ours = bridge.resize_positions(torch.from_numpy(rows), old, new, prefix, "offset")
+    wanted = reference_dense.offset_positions(rows, old, new, prefix)
+    assert ours.shape == (prefix + new[0] * new[1], 3)
+    np.testing.assert_allclose(ours, wanted, atol=2e-5)
+    np.testing.assert_array_equal(ours[:prefix], rows[:prefix])
+
+
+def test_the_published_interpolation_has_the_wanted_count_on_any_grid():
+    for old in range(1, 38):
+        for new in range(1, 66):
+            rows = bridge.resize_positions(torch.zeros(old, 1), (1, old), (2, new), 0, "offset")
+            assert rows.shape == (2 * new, 1)
+
+
+def test_an_unknown_interpolation_is_refused_even_on_the_own_grid():
+    for size in (SIZE, 64):
+        with pytest.raises(UserError, match="interpolation of positions 'ofset'; known: offset"):
+            lazyclip.encode_dense(base(NATIVE), pixels(size=size), positions="ofset")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resized_embedding_passes_its_gradient_on(kind):
+    model = copy.deepcopy(base(kind))
+    name = "positional_embedding" if kind == NATIVE else "pos_embed"
+    for positions in bridge.POSITIONS:
+        model.zero_grad()
+        lazyclip.encode_dense(model, pixels(size=(16, 64)), positions=positions).sum().backward()
+        assert float(getattr(trunk_of(model), name).grad.abs().sum()) > 0
 
 
 @pytest.mark.parametrize("size", [48, 24, (24, 40)])

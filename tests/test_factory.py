@@ -86,7 +86,8 @@ def test_registering_again_stacks_no_wrapper():
 RELOAD = """
 import importlib, open_clip, lazyclip
 from lazyclip import bridge, factory, pooling, tower
-for module in (pooling, bridge, tower, factory, lazyclip, lazyclip):
+rooms = (bridge.guard, bridge.pooled, bridge.tokens, bridge.text, bridge.hooks)
+for module in (pooling, *rooms, bridge, tower, factory, lazyclip, lazyclip):
     importlib.reload(module)
 assert open_clip.create_model.__module__ == "lazyclip.factory", open_clip.create_model
 plain = open_clip.create_model.lazyclip_plain

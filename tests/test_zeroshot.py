@@ -132,6 +132,27 @@ def test_text_features_are_unit_means_of_unit_prompts(kind):
         np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [NATIVE, EVA])
+def test_prompts_of_any_length_come_back_in_their_order_as_at_full_length(kind):
+    model, tokenizer = make(kind), open_clip.get_tokenizer(NATIVE)
+    queries = ["a very long name that fills all", "cat", "red bus", "x y z"]
+    prompts = [lambda c: c, lambda c: f"the {c}", lambda c: f"{c} is here"]
+    ours = text_features(model, tokenizer, queries, prompts, batch_size=5)
+    for query, found in zip(queries, ours, strict=True):
+        with torch.no_grad():
+            raw = model.encode_text(tokenizer([p(query) for p in prompts])).double().numpy()
+        mean = (raw / np.linalg.norm(raw, axis=1, keepdims=True)).mean(axis=0)
+        np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_short_prompts_take_short_passes():
+    model, tokenizer = make(NATIVE), open_clip.get_tokenizer(NATIVE)
+    seen = []
+    model.token_embedding.register_forward_hook(lambda m, a, out: seen.append(tuple(a[0].shape)))
+    text_features(model, tokenizer, ["a b c d", "a", "b", "a b"], [lambda c: c], batch_size=2)
+    assert seen == [(2, 3), (2, 6)]
+
+
 def test_the_batch_size_changes_nothing():
     model, tokenizer = make(NATIVE), open_clip.get_tokenizer(NATIVE)
     words = [f"word {i}" for i in range(7)]

@@ -109,19 +109,26 @@ def encode_tokens(model: nn.Module, images: Tensor) -> Tokens:
     return Tokens(patches, cls, pool_tokens(patches, cls, spec), grid)
 
 
-def encode_patches(model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def encode_patches(
+    model: nn.Module,
+    images: Tensor,
+    positions: str = "antialias",
+    route: bridge.Route | None = None,
+) -> tuple[Tensor, tuple[int, int]]:
     """Encode images into patch tokens alone: nothing is pooled, so any K fits any grid.
 
-    Args and errors as for `encode_tokens`.
+    Args and errors as for `encode_tokens`, and:
+        positions: interpolation on another grid, `antialias` or `offset` (published code's).
+        route: another way through the last block; None is the tower's own.
 
     Returns:
         Patch tokens after the final norm, B x N x D, and their grid (h, w).
     """
     trunk = bridge.trunk_of(model)
-    reason = bridge.refusal(trunk)
+    reason = bridge.refusal(trunk) if route is None else bridge.route_refusal(trunk)
     if reason:
         raise UserError(f"no dense features come out of this tower: {reason}")
-    tokens, prefix, grid = bridge.final_tokens(trunk, images)
+    tokens, prefix, grid = bridge.final_tokens(trunk, images, positions, route)
     return tokens[:, prefix:], grid
 
 

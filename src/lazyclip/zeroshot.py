@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lazyclip import bridge
 from lazyclip.base.errors import UserError
 from lazyclip.base.resources import config_names, config_root
 
@@ -167,6 +168,9 @@ def text_features(
 ) -> Tensor:
     """Encode queries: each prompt to unit length, their mean, to unit length again.
 
+    Prompts go through the tower in order of length, each batch cut to its longest where the text
+    tower is causal; elsewhere at full length.
+
     Args:
         model: a CLIP model of open_clip.
         tokenizer: texts -> B x context.
@@ -177,14 +181,14 @@ def text_features(
     Returns:
         Text features, Q x E float32, of unit length, on the model's device.
     """
-    texts = [prompt(query) for query in queries for prompt in prompts]
-    device = next(model.parameters()).device
+    tokens = tokenizer([prompt(query) for query in queries for prompt in prompts])
+    order = bridge.text_lengths(model, tokens).argsort(stable=True)
     parts = []
-    for start in range(0, len(texts), batch_size):
-        tokens = tokenizer(texts[start : start + batch_size]).to(device)
-        features = model.encode_text(tokens)  # type: ignore[operator]
+    for rows in order.split(batch_size):
+        features = bridge.encode_text(model, tokens[rows])
         parts.append(functional.normalize(features.float(), dim=-1))
-    per_query = torch.cat(parts).reshape(len(queries), len(prompts), -1).mean(dim=1)
+    in_order = torch.cat(parts)[order.argsort().to(parts[0].device)]
+    per_query = in_order.reshape(len(queries), len(prompts), -1).mean(dim=1)
     return functional.normalize(per_query, dim=-1)
 
 
