@@ -22,6 +22,12 @@ settings.load_profile("lazyclip")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep text features of the tests out of the user's cache."""
+    os.environ["LAZYCLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real data; skip where there is none."""

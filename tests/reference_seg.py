@@ -86,18 +86,71 @@ def cosines(features, queries):
     return out
 
 
-def canvas_of(image, f, short, cap, crop, stride, mean, std):
-    """Resize, normalise, run f on each window, average the stretched maps: Q x H' x W'."""
-    height, width = target_size(*image.shape[:2], short, cap)
-    pixels = (resize_uint8(image, height, width) - np.array(mean)) / np.array(std)
-    total, count = None, np.zeros((height, width))
-    for y0, y1, x0, x1 in windows(height, width, crop, stride):
-        maps = bilinear_maps(f(pixels[y0:y1, x0:x1]), y1 - y0, x1 - x0)
-        if total is None:
-            total = np.zeros((len(maps), height, width))
-        total[:, y0:y1, x0:x1] += maps
+def stitch(maps, boxes, height, width, stretched=None, pad=(0, 0)):
+    """Average maps resized to their windows; or to `stretched`, the window cut out at `pad`."""
+    total, count = np.zeros((len(maps[0]), height, width)), np.zeros((height, width))
+    for one, (y0, y1, x0, x1) in zip(maps, boxes, strict=True):
+        grown = bilinear_maps(one, *(stretched or (y1 - y0, x1 - x0)))
+        top, left = pad
+        total[:, y0:y1, x0:x1] += grown[:, top : top + y1 - y0, left : left + x1 - x0]
         count[y0:y1, x0:x1] += 1
     return total / count
+
+
+def padded(window, patch):
+    """Zeros around H x W x 3 up to whole patches, the smaller half above and left; and where."""
+    down, across = -window.shape[0] % patch, -window.shape[1] % patch
+    top, left = down // 2, across // 2
+    return np.pad(window, ((top, down - top), (left, across - left), (0, 0))), (top, left)
+
+
+def canvas_of(image, f, short, cap, crop, stride, mean, std, pad_patch=None):
+    """Resize, normalise, run f on each window, average the stretched maps: Q x H' x W'.
+
+    Windows are padded to whole patches of `pad_patch` pixels where that is given.
+    """
+    height, width = target_size(*image.shape[:2], short, cap)
+    pixels = (resize_uint8(image, height, width) - np.array(mean)) / np.array(std)
+    boxes = windows(height, width, crop, stride)
+    maps, stretched, at = [], None, (0, 0)
+    for y0, y1, x0, x1 in boxes:
+        window = pixels[y0:y1, x0:x1]
+        if pad_patch:
+            window, at = padded(window, pad_patch)
+            stretched = window.shape[:2]
+        maps.append(f(window))
+    return stitch(maps, boxes, height, width, stretched, at)
+
+
+def pamr(maps, image, iterations, dilations):
+    """Refine maps Q x H x W by an image 3 x H x W, pixel by pixel, borders repeated."""
+    _, height, width = maps.shape
+
+    def place(y, x):
+        return min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+
+    weights = {}
+    for y in range(height):
+        for x in range(width):
+            box = [
+                place(y + d * down, x + d * across)
+                for d in dilations
+                for down in (-1, 0, 1)
+                for across in (-1, 0, 1)
+            ]
+            colours = np.array([image[:, v, u] for v, u in box])
+            spread = 1e-8 + 0.1 * colours.std(axis=0, ddof=1)
+            around = [i for i in range(len(box)) if i % 9 != 4]
+            near = [np.mean(-np.abs(image[:, y, x] - colours[i]) / spread) for i in around]
+            grown = np.exp(np.array(near) - max(near))
+            weights[y, x] = [box[i] for i in around], grown / grown.sum()
+    for _ in range(iterations):
+        fresh = np.zeros(maps.shape)
+        for (y, x), (around, shares) in weights.items():
+            for (v, u), share in zip(around, shares, strict=True):
+                fresh[:, y, x] += share * maps[:, v, u]
+        maps = fresh
+    return maps
 
 
 def class_scores(maps, owners, classes, scale):

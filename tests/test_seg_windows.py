@@ -1,5 +1,7 @@
 """Sizes, resizing, windows and stitching: golden cases, an independent reference, properties."""
 
+import dataclasses
+
 import numpy as np
 import open_clip
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 from eval.segmentation.protocol import read_task
 from eval.segmentation.windows import (
     Box,
+    cut,
     cut_windows,
     drop_remainder,
+    make_plan,
     normalise,
     resize_image,
     stitch,
@@ -187,3 +191,82 @@ def test_the_remainder_is_cut_at_the_right_and_bottom():
 def test_a_window_without_a_whole_patch_is_refused():
     with pytest.raises(UserError, match="7x5 pixels holds no patch of 6"):
         drop_remainder(torch.zeros(1, 3, 5, 7), 6)
+
+
+def protocol_of(**values):
+    return dataclasses.replace(read_task("voc20").protocol, **values)
+
+
+@pytest.mark.parametrize(
+    ("size", "values", "windows", "window", "inner", "pad"),
+    [
+        ((375, 500), {}, 6, (224, 224), (224, 224), (0, 0)),
+        ((480, 640), {"short": 448}, 15, (224, 224), (224, 224), (0, 0)),
+        ((375, 500), {"window": 0}, 1, (336, 448), (336, 448), (0, 0)),
+        ((333, 500), {"window": 0}, 1, (336, 505), (336, 496), (0, 0)),
+        ((333, 500), {"window": 0, "remainder": "pad"}, 1, (336, 505), (336, 512), (0, 3)),
+        ((59, 640), {}, 18, (189, 224), (176, 224), (0, 0)),
+        ((59, 640), {"remainder": "pad"}, 18, (189, 224), (192, 224), (1, 0)),
+        ((640, 59), {"remainder": "pad"}, 18, (224, 189), (224, 192), (0, 1)),
+        ((5, 100), {"short": 5, "remainder": "pad"}, 1, (5, 100), (16, 112), (5, 6)),
+    ],
+)
+def test_plans_of_golden_sizes(size, values, windows, window, inner, pad):
+    plan = make_plan(*size, protocol_of(**values), 16)
+    assert plan.original == size
+    assert len(plan.boxes) == windows
+    assert (plan.window, plan.inner, plan.pad) == (window, inner, pad)
+
+
+@pytest.mark.parametrize("remainder", ["drop", "pad"])
+@pytest.mark.parametrize("size", [(47, 61), (19, 61), (61, 19), (40, 40)])
+def test_the_towers_input_is_the_resized_picture_cut_and_mended(size, remainder):
+    protocol = protocol_of(short=40, cap=100, window=30, stride=13, remainder=remainder)
+    picture = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+    plan = make_plan(*size, protocol, 8)
+    found = cut(picture, plan, protocol)
+    height, width = reference.target_size(*size, 40, 100)
+    small = reference.resize_uint8(picture, height, width)
+    pixels = (small - np.array(protocol.mean)) / np.array(protocol.std)
+    boxes = reference.windows(height, width, 30, 13)
+    assert len(found) == len(boxes)
+    for window, (y0, y1, x0, x1) in zip(found, boxes, strict=True):
+        expected = pixels[y0:y1, x0:x1]
+        if remainder == "pad":
+            expected, at = reference.padded(expected, 8)
+            assert plan.pad == at
+        else:
+            expected = expected[: (y1 - y0) // 8 * 8, : (x1 - x0) // 8 * 8]
+        assert expected.shape[:2] == plan.inner
+        grey_level = 1 / min(protocol.std)
+        np.testing.assert_allclose(
+            window.permute(1, 2, 0).numpy(), expected, atol=1.01 * grey_level
+        )
+        zeros = np.all(expected == 0, axis=-1)
+        assert not window.permute(1, 2, 0).numpy()[zeros].any()
+
+
+@pytest.mark.parametrize(("size", "patch"), [((8, 13), 8), ((9, 13), 5), ((16, 16), 8)])
+def test_a_padded_windows_map_is_stretched_over_the_padding_and_cut(size, patch):
+    protocol = protocol_of(short=min(size), window=0, remainder="pad")
+    plan = make_plan(*size, protocol, patch)
+    maps = np.random.default_rng(0).normal(size=(2, plan.inner[0] // patch, plan.inner[1] // patch))
+    found = stitch([torch.from_numpy(maps)], plan.boxes, plan.size, plan.stretched, plan.pad)
+    top, left = plan.pad
+    whole = reference.bilinear_maps(maps, *plan.inner)
+    expected = whole[:, top : top + size[0], left : left + size[1]]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+
+def test_pictures_too_narrow_are_refused_before_they_are_read_and_padding_takes_some():
+    with pytest.raises(UserError, match="3000x1 pixels shrink to 1000x0 at a long side of 1000"):
+        make_plan(1, 3000, protocol_of(cap=1000), 16)
+    with pytest.raises(UserError, match="window of 224x2 pixels holds no patch of 16"):
+        make_plan(1, 900, protocol_of(), 16)
+    assert make_plan(1, 900, protocol_of(remainder="pad"), 16).inner == (16, 224)
+
+
+def test_a_picture_of_another_size_than_its_plan_is_refused():
+    protocol = protocol_of()
+    with pytest.raises(ValueError, match="plan for"):
+        cut(np.zeros((40, 50, 3), dtype=np.uint8), make_plan(50, 40, protocol, 16), protocol)

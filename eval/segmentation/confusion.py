@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from .readers import IGNORE
 
@@ -37,6 +39,38 @@ def count(label: Counts, prediction: Counts, classes: int) -> Counts:
         if ids.size and (ids.min() < 0 or ids.max() >= classes):
             raise ValueError(f"{name} ids {ids.min()}..{ids.max()} are outside 0..{classes - 1}")
     return np.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes)
+
+
+def count_on(label: Tensor, prediction: Tensor, classes: int) -> Tensor:
+    """Count as `count` does, on the device of the tensors.
+
+    Args:
+        label: H x W uint8 or int64, 0..C-1 or 255.
+        prediction: H x W uint8 or int64, 0..C-1.
+        classes: number of classes C, at most 255.
+
+    Returns:
+        C x C int64, rows truth, columns prediction.
+
+    Raises:
+        ValueError: two shapes, or an id outside the classes.
+    """
+    if label.shape != prediction.shape:
+        raise ValueError(f"label is {tuple(label.shape)}, prediction {tuple(prediction.shape)}")
+    for name, ids in (("label", label), ("prediction", prediction)):
+        if ids.dtype != torch.uint8 and ids.numel():
+            low, high = (int(v) for v in ids.aminmax())
+            if low < 0 or high > IGNORE:
+                raise ValueError(f"{name} ids {low}..{high} are outside 0..{classes - 1}")
+    # A table of all bytes holds every pair, so that filtering and checking look at it alone.
+    side = IGNORE + 1
+    pairs = label.to(torch.int32).mul_(side).add_(prediction).flatten()
+    table = torch.bincount(pairs, minlength=side**2).view(side, side)[:IGNORE]
+    if bool(table[classes:].any()) or bool(table[:, classes:].any()):
+        truth, guess = table.sum(dim=1).nonzero(), table.sum(dim=0).nonzero()
+        name, ids = ("label", truth) if truth[-1] >= classes else ("prediction", guess)
+        raise ValueError(f"{name} ids {ids.min()}..{ids.max()} are outside 0..{classes - 1}")
+    return table[:classes, :classes].clone()
 
 
 @dataclasses.dataclass(frozen=True)

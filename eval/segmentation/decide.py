@@ -1,13 +1,19 @@
 """From cosine maps to a label map: scale, softmax, synonym maximum, area and background rule.
 
-The order of steps is that of wangf3014/SCLIP `clip_segmentor.py`. Not here: where the maps come
-from.
+The order of steps is that of wangf3014/SCLIP `clip_segmentor.py`, on maps of the picture's size.
+Not here: where the windows' maps come from, and the same without maps of that size (`separable`).
 """
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from .pamr import refine
+from .protocol import Protocol
+from .windows import Plan, normalise, resize_image, stitch, upsample
 
 
 def merge_queries(maps: Tensor, query_class: Sequence[int], classes: int) -> Tensor:
@@ -50,6 +56,17 @@ def class_scores(
     return merge_queries(probabilities, query_class, classes)
 
 
+def small_classes(counts: Sequence[int], area: float) -> frozenset[int]:
+    """Name the classes that the area rule removes.
+
+    Args:
+        counts: pixels of each class when every pixel takes its best one; class 0 is background.
+        area: share of the foreground pixels up to which a class is removed.
+    """
+    most = area * sum(counts[1:])
+    return frozenset(c for c, n in enumerate(counts) if c > 0 and n <= most)
+
+
 def label_map(scores: Tensor, threshold: float = 0.0, area: float = 0.0) -> Tensor:
     """Choose a class at each pixel.
 
@@ -64,9 +81,8 @@ def label_map(scores: Tensor, threshold: float = 0.0, area: float = 0.0) -> Tens
     if area > 0:
         first = scores.argmax(dim=0)
         counts = torch.bincount(first.flatten(), minlength=scores.shape[0])
-        small = counts <= area * counts[1:].sum()
-        small[0] = False
-        scores = scores.masked_fill(small.view(-1, 1, 1), 0.0)
+        scores = scores.clone()
+        scores[sorted(small_classes(counts.tolist(), area))] = 0.0
     best, chosen = scores.max(dim=0)
     if threshold > 0:
         chosen = chosen.masked_fill(best < threshold, 0)
@@ -91,3 +107,44 @@ def decide(
         return label_map(merge_queries(cosines, query_class, classes))
     scores = class_scores(cosines, query_class, classes, logit_scale)
     return label_map(scores, threshold, area)
+
+
+def by_canvas(
+    maps: Tensor,
+    plan: Plan,
+    protocol: Protocol,
+    query_class: Sequence[int],
+    image: npt.NDArray[np.uint8] | None = None,
+) -> Tensor:
+    """Make the label map from the windows' cosine maps step by step, Q maps of the picture's size.
+
+    Args:
+        maps: n x Q x h x w, in the order of the plan's windows.
+        plan: sizes and windows.
+        protocol: decision, and refinement by the picture.
+        query_class: class id of each query.
+        image: the picture, H x W x 3 uint8; only a protocol with PAMR needs it.
+
+    Returns:
+        H x W uint8, ids 0..C-1, on the device of the maps.
+
+    Raises:
+        ValueError: PAMR without the picture.
+    """
+    canvas = stitch(maps, plan.boxes, plan.size, plan.stretched, plan.pad)
+    full = upsample(canvas, plan.original)
+    del canvas
+    if protocol.pamr != "off":
+        if image is None:
+            raise ValueError(f"pamr '{protocol.pamr}' needs the picture")
+        small = normalise(resize_image(image, plan.size), protocol.mean, protocol.std)
+        full = refine(full, small.to(full.device), protocol.pamr)
+    labels = decide(
+        full,
+        query_class,
+        protocol.classes,
+        logit_scale=protocol.logit_scale,
+        threshold=protocol.threshold,
+        area=protocol.area,
+    )
+    return labels.to(torch.uint8)

@@ -82,6 +82,14 @@ def paint(image: Pixels, ids: Ids, colours: Pixels) -> Pixels:
     return np.round(mixed).astype(np.uint8)
 
 
+def paint_ids(ids: Ids, colours: Pixels) -> Pixels:
+    """Paint a label map H x W (0..C-1, or 255, which becomes pale) in the colours C x 3."""
+    table = np.full((IGNORE + 1, 3), PALE, dtype=np.uint8)
+    table[: len(colours)] = colours
+    painted: Pixels = table[ids]
+    return painted
+
+
 def _font(size: int = 13) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
@@ -137,14 +145,30 @@ def overlay(image: Pixels, truth: Ids, prediction: Ids, legend: Legend) -> Image
         prediction: H x W, 0..C-1.
         legend: names and colours.
     """
-    panels = [
-        ("picture", _enlarge(image)),
-        ("truth", _enlarge(paint(image, truth, legend.colours))),
-        ("prediction", _enlarge(paint(image, prediction, legend.colours))),
-    ]
+    entries = legend_entries(truth, prediction, legend)
+    return _sheet(
+        [
+            ("picture", image),
+            ("truth", paint(image, truth, legend.colours)),
+            ("prediction", paint(image, prediction, legend.colours)),
+        ],
+        entries,
+    )
+
+
+def overlay_alone(image: Pixels, prediction: Ids, legend: Legend) -> Image.Image:
+    """Put picture H x W x 3 and prediction H x W side by side, with the classes in sight below."""
+    nothing = np.zeros((0, 0), dtype=np.int64)
+    panels = [("picture", image), ("prediction", paint(image, prediction, legend.colours))]
+    return _sheet(panels, legend_entries(nothing, prediction, legend))
+
+
+def _sheet(titled: Sequence[tuple[str, Pixels]], entries: Sequence[Entry]) -> Image.Image:
+    """Put panels of one size side by side under their titles, a legend below."""
+    panels = [(title, _enlarge(pixels)) for title, pixels in titled]
     wide, high = panels[0][1].size
-    width = 3 * wide + 4 * MARGIN
-    below = _draw_legend(legend_entries(truth, prediction, legend), width)
+    width = len(panels) * (wide + MARGIN) + MARGIN
+    below = _draw_legend(entries, width)
     sheet = Image.new("RGB", (width, ROW + high + MARGIN + below.height + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
     for index, (title, panel) in enumerate(panels):
