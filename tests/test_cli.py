@@ -26,7 +26,7 @@ def test_an_unknown_command_is_one_line_with_the_nearest_and_exit_code_2(capsys)
     assert cli.main(["sge"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: unknown command 'sge'; known: seg")
+    assert captured.err.startswith("error: unknown command 'sge'; nearest: seg")
     assert captured.err.count("\n") == 1
 
 

@@ -71,7 +71,7 @@ def shorten(value: object) -> object:
         value = str(value)
     if isinstance(value, str) and "::" in value:
         return "::".join(str(shorten(part)) for part in value.split("::"))
-    if isinstance(value, str) and value.startswith("--") and "=" in value:
+    if isinstance(value, str) and "=" in value and "/" not in value.split("=", 1)[0]:
         flag, given = value.split("=", 1)
         return f"{flag}={shorten(given)}"
     if isinstance(value, str) and value.startswith("/"):
