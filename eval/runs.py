@@ -175,13 +175,14 @@ def _classification(values: Mapping[str, Any], file: Path) -> Run:
     record, config = _parts(values)
     classes = values.get("classes") or {}
     count = classes.get("n") or (round(1 / values["chance"]) if values["chance"] else "?")
+    prompts = shorten(values.get("templates", "?"))
     return Run(
         kind=CLASSIFICATION,
         file=file,
         dataset=_data_words(str(config.get("val_data") or file.parent)),
         scores={name: values.get(name) for name in ("top1", "top5")},
         weights=read_weights(values["model"], config),
-        about=f"{count} classes, prompts {values.get('templates', '?')}, eval.zeroshot_cls",
+        about=f"{count} classes, prompts {prompts}, eval.zeroshot_cls",
         images=values.get("n"),
         complete=config.get("limit") is None and not values.get("skipped"),
         precision=str(config.get("precision") or ""),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lazyclip.base.config import write_json
 from lazyclip.base.errors import UserError, cli
 from lazyclip.base.logs import Progress, setup
-from lazyclip.base.record import make_record, utc_now
+from lazyclip.base.record import make_record, shorten, utc_now
 from lazyclip.factory import Built
 from lazyclip.shards import Sample, expand
 from lazyclip.zeroshot import (
@@ -217,7 +217,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         "chance": 1 / len(classes),
         "skipped": dict(tally.skipped),
         "classes": {"n": len(classes), "absent": absent, "sha256": classes.sha256},
-        "templates": args.templates,
+        "templates": shorten(args.templates),
         "model": built.info.to_dict(),
         "record": {**record, "end": utc_now()},
     }
