@@ -43,6 +43,7 @@ demo-full: venv
 
 bench: venv
 	$(PY) benchmarks/bench_pooling.py
+	$(PY) benchmarks/bench_segmentation.py --quick
 
 clean:
 	rm -rf build dist out .venv *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -90,9 +90,10 @@ def test_labels_differ_from_float64_at_near_ties_only(geometry, decision):
     assert found.shape == size
     assert found.dtype == torch.uint8
     assert len(found.unique()) > 1
-    apart = found.numpy() != expected
-    assert apart.mean() < 0.005
-    assert np.all(margin[apart] < NEAR)
+    for labels in (found, by_canvas(maps, plan, protocol, OWNERS)):
+        apart = labels.numpy() != expected
+        assert apart.mean() < 0.005
+        assert np.all(margin[apart] < NEAR)
 
 
 def protocols_of_all_benchmarks():
@@ -161,7 +162,9 @@ def test_synonyms_are_merged_by_their_maximum():
     assert label_pixels(cosines.flip(0), (0, 0, 1), logit_scale=1.0, threshold=0.41).item() == 0
 
 
-def test_a_pixel_below_the_threshold_is_background_and_one_exactly_at_it_stays():
+@pytest.mark.parametrize("way", [by_query, by_block])
+def test_a_pixel_below_the_threshold_is_background_and_one_exactly_at_it_stays(way, monkeypatch):
+    monkeypatch.setattr(separable, "by_query", way)
     cosines = torch.tensor([[0.61, 0.5, 0.59], [0.39, 0.5, 0.41]]).log().flip(0).view(2, 1, 3)
     values = {"logit_scale": 1.0}
     # Equal logits are exactly one half each; with them the lower class wins.
@@ -195,8 +198,12 @@ def test_a_class_with_a_tenth_of_the_foreground_vanishes_to_the_next_best(way, m
     # The threshold meets what is left: 0.3 of the whole softmax, the dropped class included.
     assert counts(5, area=0.1, threshold=0.29) == [50, 50, 0]
     assert counts(5, area=0.1, threshold=0.31) == [55, 45, 0]
-    # Areas are those before the threshold, which here leaves class 2 alone as foreground.
-    assert counts(5, area=0.1, threshold=0.85) == [100, 0, 0]
+    # Areas are those before the threshold, which would leave class 2 alone as foreground.
+    sure = area_case(5)
+    sure[:, 9, 5:] = torch.tensor([0.02, 0.08, 0.9]).log()[:, None]
+    values = {"logit_scale": 1.0, "threshold": 0.85}
+    assert torch.equal(label_pixels(sure, (0, 1, 2), **values).unique(), torch.tensor([0, 2]))
+    assert not label_pixels(sure, (0, 1, 2), area=0.1, **values).any()
 
 
 @given(
@@ -221,6 +228,16 @@ def test_pixels_are_decided_as_in_float64_whatever_the_scale_and_the_order(
     clear = margin > NEAR
     assert np.array_equal(found[clear], expected[clear])
     assert np.array_equal(found[clear], plain[clear])
+
+
+@pytest.mark.parametrize("scale", [65.0, 300.0, 2000.0, -65.0])
+def test_a_pixel_far_below_another_one_still_has_its_softmax(scale):
+    sure = [-1.0, 1.0, -1.0]
+    doubtful = [-1.0, -0.9, -0.9 - 0.1 / abs(scale)]  # shares 0, 0.52, 0.48
+    maps = torch.tensor([sure, doubtful]).T.view(3, 1, 2) * math.copysign(1, scale)
+    for threshold, expected in ((0.51, [1, 1]), (0.53, [1, 0])):
+        found = label_pixels(maps, (0, 1, 2), logit_scale=scale, threshold=threshold)
+        assert found.flatten().tolist() == expected
 
 
 def test_equal_scores_go_to_the_lowest_class():

@@ -216,6 +216,8 @@ def test_plans_of_golden_sizes(size, values, windows, window, inner, pad):
     assert plan.original == size
     assert len(plan.boxes) == windows
     assert (plan.window, plan.inner, plan.pad) == (window, inner, pad)
+    # A dropped remainder lies under the stretched map, a padded one under the map itself.
+    assert plan.stretched == (inner if values.get("remainder") == "pad" else window)
 
 
 @pytest.mark.parametrize("remainder", ["drop", "pad"])
@@ -246,7 +248,7 @@ def test_the_towers_input_is_the_resized_picture_cut_and_mended(size, remainder)
         assert not window.permute(1, 2, 0).numpy()[zeros].any()
 
 
-@pytest.mark.parametrize(("size", "patch"), [((8, 13), 8), ((9, 13), 5), ((16, 16), 8)])
+@pytest.mark.parametrize(("size", "patch"), [((8, 13), 8), ((13, 9), 8), ((9, 13), 5)])
 def test_a_padded_windows_map_is_stretched_over_the_padding_and_cut(size, patch):
     protocol = protocol_of(short=min(size), window=0, remainder="pad")
     plan = make_plan(*size, protocol, patch)
