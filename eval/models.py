@@ -62,9 +62,15 @@ def load_from_flags(args: argparse.Namespace) -> Built:
             f"--model {args.model} has no weights: pass --pretrained TAG, a weight file or a saved "
             "folder (such as --pretrained logs/NAME/model), or --random-weights"
         )
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads {args.threads} is too small; use 1 or more")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        raise UserError(f"--device {args.device} is not known; use cuda, cuda:0 or cpu") from None
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no CUDA device is visible; use --device cpu")
     args.precision = args.precision or ("amp_bf16" if args.device.startswith("cuda") else "fp32")

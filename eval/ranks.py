@@ -6,6 +6,7 @@ shared out among them.
 
 import contextlib
 import dataclasses
+import datetime
 import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from lazyclip.base.errors import UserError
 
 T = TypeVar("T")
+PATIENCE = datetime.timedelta(days=1)  # ranks wait for the slowest, which may score for hours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,20 @@ class Ranks:
         return [item for item in found if item is not None]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Let rank 0 make a value, and return it on every rank."""
+        """Let rank 0 make a value, and return it on every rank; its `UserError` is every rank's."""
         if self.world == 1:
             return make()
-        held = [make() if self.first else None]
+        held: list[tuple[str | None, T | None]] = [(None, None)]
+        if self.first:
+            try:
+                held = [(None, make())]
+            except UserError as error:
+                # The others must hear of it: they wait here.
+                held = [(str(error), None)]
         dist.broadcast_object_list(held, src=0)
-        value = held[0]
+        mistake, value = held[0]
+        if mistake is not None:
+            raise UserError(mistake)
         if value is None:
             raise RuntimeError("rank 0 sent nothing")
         return value
@@ -84,7 +94,7 @@ def process_group(ranks: Ranks) -> Iterator[None]:
     if ranks.world == 1:
         yield
         return
-    dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world)
+    dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE)
     try:
         yield
     finally:

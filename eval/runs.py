@@ -141,6 +141,14 @@ def _parts(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, A
     return record, record.get("config") or {}
 
 
+def _fraction(value: object, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}, not a number")
+    return float(value)
+
+
 def _segmentation(values: Mapping[str, Any], file: Path) -> Run:
     record, config = _parts(values)
     protocol = values["protocol"]
@@ -148,7 +156,7 @@ def _segmentation(values: Mapping[str, Any], file: Path) -> Run:
         kind=SEGMENTATION,
         file=file,
         dataset=str(values["dataset"]),
-        scores={name: values.get(name) for name in SEG_SCORES},
+        scores={name: _fraction(values.get(name), name) for name in SEG_SCORES},
         weights=read_weights(values["model"], config),
         images=values.get("images"),
         expected=values.get("expected_images"),

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from lazyclip.base.config import write_json
 from lazyclip.base.record import make_record, shorten, utc_now
@@ -33,6 +34,7 @@ from .textcache import encode_queries
 log = logging.getLogger(__name__)
 
 MODULE = "eval.zeroshot_seg"
+KEPT = ("name", "weights_sha256", "pooling", "activation", "image_size", "patch_size")
 SAME = 2e-3  # means and deviations of 0..1 closer than this differ by rounding only
 
 
@@ -69,7 +71,7 @@ def _what_is_scored(job: Job, built: Built, args: argparse.Namespace) -> dict[st
             "method": args.method,
             "precision": args.precision,
             "random_seed": args.seed if args.random_weights else None,
-            **{key: info[key] for key in ("name", "weights_sha256", "pooling", "activation")},
+            **{key: info[key] for key in KEPT},
         }
     )
 
@@ -96,11 +98,6 @@ def score_job(
     protocol, classes = job.task.protocol, job.task.protocol.classes
     scored = _what_is_scored(job, built, args)
     earlier = ranks.from_first(lambda: _earlier(job, scored, args))
-    if ranks.first:
-        if args.overwrite:
-            shutil.rmtree(job.output / FOLDER, ignore_errors=True)
-            (job.output / RESULTS).unlink(missing_ok=True)
-        make_folders(job, keep=args.resume)
     queries = ranks.from_first(
         lambda: encode_queries(
             built, job.task.classes.queries, job.task.templates, use_cache=not args.no_text_cache
@@ -114,6 +111,17 @@ def score_job(
         device=args.device,
         precision=args.precision,
     )
+
+    def begin() -> bool:
+        # What is there goes only when the model has shown that it works.
+        maps(torch.zeros(1, 3, *(2 * [4 * built.info.patch_size])))
+        if args.overwrite:
+            shutil.rmtree(job.output / FOLDER, ignore_errors=True)
+            (job.output / RESULTS).unlink(missing_ok=True)
+        make_folders(job, keep=args.resume)
+        return True
+
+    ranks.from_first(begin)
     left = [name for name in job.names if name not in earlier]
     before = np.zeros((classes, classes), dtype=np.int64)
     for cells in earlier.values():

@@ -43,8 +43,9 @@ from .segmentation.overlays import (
     paint_ids,
     save_ids,
 )
-from .segmentation.protocol import Protocol, read_task
+from .segmentation.protocol import Protocol, read_task, refuse_doubles
 from .segmentation.readers.files import read_image
+from .segmentation.separable import MAX_CLASSES
 from .textcache import encode_queries
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,6 @@ EXAMPLE = (
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 BASE = "voc20"  # whose protocols say how pictures are resized, cut and decided
 MASKS, COLOURED, OVERLAYS = "masks", "coloured", "overlays"
-MOST_CLASSES = 255  # ids of a mask of 8 bits, 255 kept free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +124,8 @@ def make_protocol(args: argparse.Namespace, classes: ClassList) -> tuple[Protoco
         UserError: too many classes for a mask, or a value out of range.
     """
     C = len(classes.names)
-    if C > MOST_CLASSES or len(classes.queries) > MOST_CLASSES:
-        raise UserError(f"--classes gives {C} classes, a mask holds {MOST_CLASSES}; give fewer")
+    if C > MAX_CLASSES:
+        raise UserError(f"--classes gives {C} classes, a mask holds {MAX_CLASSES}; give fewer")
     overrides = protocol_overrides(args)
     # These two need a background, which the data set lent here has not.
     rules = {key: overrides.pop(key, 0.0) for key in ("threshold", "area")}
@@ -134,6 +134,7 @@ def make_protocol(args: argparse.Namespace, classes: ClassList) -> tuple[Protoco
             raise UserError(f"--{key} {value:g} is outside 0..1")
     if any(rules.values()) and C < 2:
         raise UserError("--threshold and --area need a background: name it as the first class")
+    refuse_doubles(classes, "--classes")
     task = read_task(BASE, args.protocol, None, overrides or None)
     protocol = dataclasses.replace(
         task.protocol,

@@ -257,10 +257,13 @@ def check_miou(row: Acceptance, held: Held | None, args: argparse.Namespace) -> 
     code, said = run_entry(
         "eval.zeroshot_seg", "--dataset", dataset, "--data-root", str(args.data_root.resolve()),
         "--protocol", row.protocol, "--method", row.method, "--batch-size", str(args.batch_size),
-        "--output", str(output), "--overwrite", "--overlays", "0", *model_words(held, args),
+        "--output", str(output), "--overwrite", "--overlays", "0", "--precision", "fp32",
+        *model_words(held, args),
     )  # fmt: skip
     if code == 2:
-        return say(MISSING, "", said)
+        # Not whole data are missing; data that were there and could not be scored have failed.
+        failed = "could not be scored" in said or "not finite" in said
+        return say(FAIL if failed else MISSING, "", said)
     if code:
         return say(FAIL, f"exit {code}", said)
     verdict, got, why = judge(row, read_json(output / RESULTS))

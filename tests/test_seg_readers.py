@@ -327,3 +327,13 @@ def test_real_label_maps_of_voc_hold_the_ids_of_both_voc_benchmarks(shared_data,
     assert total.sum() == pixels > 0
     assert np.array_equal(total, np.diag(np.diagonal(total)))
     assert score(total).miou == 1.0
+
+
+def test_pictures_of_16_bits_keep_their_range_and_those_of_32_are_refused(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    found, _ = read_image(tmp_path / "ramp.png")
+    assert np.array_equal(found[..., 0].ravel(), np.arange(256))
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "real.tif")
+    with pytest.raises(UserError, match=r"real\.tif has mode F"):
+        read_image(tmp_path / "real.tif")

@@ -110,6 +110,7 @@ def test_a_broken_picture_is_named_and_the_others_are_kept(photos, tmp_path, cap
         (("--threshold", "2"), "cat, dog", "--threshold 2 is outside 0..1"),
         (("--threshold", "0.5"), "cat", "need a background"),
         (("--batch-size", "0"), "cat, dog", "--batch-size 0 is too small"),
+        ((), "cat, dog, cat", "--classes: class 'cat' stands at places 1, 3"),
         ((), "no/such.txt", "class file no/such.txt does not exist"),
         ((), ", ".join(f"c{i}" for i in range(300)), "300 classes, a mask holds 255"),
     ],

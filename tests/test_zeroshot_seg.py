@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from eval import zeroshot_seg
 from eval.segmentation import job as job_module
 from eval.segmentation.protocol import read_task
+from lazyclip.export import save_model
+from lazyclip.factory import build
 from tests import reference_seg as reference
 from tests.toy_voc import make_protocol, make_voc, palette_png
 
@@ -243,6 +246,11 @@ def test_no_data_set_is_answered_by_an_example(capsys):
         (("--protocol", "smal"), "unknown protocol of .* 'smal'; known: small"),
         (("--method", "vanila"), "unknown dense method 'vanila'; .*vanilla"),
         (("--split", "vall"), "unknown split 'vall'; known: val"),
+        (("--device", "tpux"), "--device tpux is not known; use cuda, cuda:0 or cpu"),
+        (("--threads", "-1"), "--threads -1 is too small"),
+        (("--classes", "red, red, blue"), "class 'red' stands at places 1, 2"),
+        (("--classes", "red, blue"), "class list red, blue has 2 classes, toy has 3"),
+        (("--classes", "no.txt"), "--classes no.txt does not exist"),
         (("--limit", "0"), "--limit 0 is too small; use 1 or more"),
         (("--batch-size", "0"), "--batch-size 0 is too small"),
         (("--overlays", "-1"), "--overlays -1 is too small"),
@@ -406,6 +414,33 @@ def test_pictures_whose_files_are_missing_are_done_again(toy, monkeypatch):
     assert zeroshot_seg.main(words) == 0
     assert seen == ["a2"]
     assert json.loads((toy / "out" / "results.json").read_text())["images"] == 3
+
+
+def test_counts_of_another_input_size_are_not_gone_on_with(toy, capsys):
+    assert zeroshot_seg.main(command(toy, "--limit", "1")) == 0
+    capsys.readouterr()
+    line = refused(capsys, command(toy, "--resume", "--force-image-size", "128"))
+    assert "image_size [64, 64] there, [128, 128] now" in line
+
+
+def test_pictures_of_somebody_are_not_removed(toy, capsys):
+    (toy / "out" / "shown").mkdir(parents=True)
+    (toy / "out" / "shown" / "mine.png").write_text("mine")
+    assert "shown holds pictures already, such as mine.png" in refused(capsys, command(toy))
+    assert (toy / "out" / "shown" / "mine.png").read_text() == "mine"
+
+
+def test_overwriting_with_a_broken_model_leaves_the_results_that_are_there(toy, capsys):
+    assert zeroshot_seg.main(command(toy)) == 0
+    before = {p: p.read_bytes() for p in (toy / "out").rglob("*") if p.is_file()}
+    built = build("ViT-nano")
+    with torch.no_grad():
+        built.model.visual.proj[0, 0] = torch.nan
+    save_model(built.model, built.info, toy / "broken")
+    capsys.readouterr()
+    words = command(toy, "--overwrite", model=("--model", str(toy / "broken")))
+    assert "dense features are not finite" in refused(capsys, words)
+    assert before == {p: p.read_bytes() for p in (toy / "out").rglob("*") if p.is_file()}
 
 
 def test_counts_of_another_method_or_model_are_not_gone_on_with(toy, capsys):

@@ -16,6 +16,7 @@ from .overlays import Legend, read_palette
 from .pairs import open_reader, read_pair
 from .protocol import Task
 from .readers import Reader, check_files
+from .separable import MAX_CLASSES
 
 log = logging.getLogger(__name__)
 FIRST = 3  # pairs read before the model is built
@@ -72,6 +73,15 @@ def _check_interrupted(wanted: Wanted) -> None:
             f"{wanted.output} holds an evaluation that was cut short; continue it with --resume, "
             "or start anew with --overwrite"
         )
+    if wanted.resume or wanted.overwrite:
+        return
+    for folder in (wanted.output / OVERLAYS, wanted.output / SHOWN):
+        there = sorted(folder.glob("*.png"))
+        if there:
+            raise UserError(
+                f"{folder} holds pictures already, such as {there[0].name}; give another --output, "
+                "or --overwrite"
+            )
 
 
 def _check_first(task: Task, reader: Reader, names: Sequence[str]) -> None:
@@ -95,6 +105,11 @@ def prepare(task: Task, wanted: Wanted) -> Job:
     Raises:
         UserError: whatever of them does not fit.
     """
+    if task.protocol.classes > MAX_CLASSES:
+        raise UserError(
+            f"{task.protocol.dataset} has {task.protocol.classes} classes; label maps of 8 bits "
+            f"hold {MAX_CLASSES}"
+        )
     task, reader = open_reader(task, wanted.data_root)
     bench = task.benchmark
     legend = Legend(task.names, read_palette(bench.palette, len(task.names)))

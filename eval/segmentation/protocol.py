@@ -280,14 +280,31 @@ def _find_classes(value: object, benchmark: Benchmark, yaml: Path, where: str) -
     own = read_classes(benchmark.classes)
     if value is None:
         return own
-    file = _data_file(value, "classes", ".txt", yaml)
+    # A comma list from the command line is taken as it is.
+    listed = "," in str(value)
+    file = str(value) if listed else _data_file(value, "classes", ".txt", yaml)
     classes = read_classes(file)
     if len(classes) != len(own):
         raise UserError(
-            f"{where}: class file {file} has {len(classes)} classes, {benchmark.dataset} has "
-            f"{len(own)}; write one class a line in the order of {benchmark.classes}"
+            f"{where}: class {'list' if listed else 'file'} {file} has {len(classes)} classes, "
+            f"{benchmark.dataset} has {len(own)}; write one class a line in the order of {benchmark.classes}"
         )
     return classes
+
+
+def refuse_doubles(classes: ClassList, where: str) -> None:
+    """Refuse class names given twice: results are named by them.
+
+    Raises:
+        UserError: with the places of the first such name, counted from 1.
+    """
+    for name in classes.names:
+        places = [i + 1 for i, other in enumerate(classes.names) if other == name]
+        if len(places) > 1:
+            raise UserError(
+                f"{where}: class '{name}' stands at places {', '.join(map(str, places))}; name "
+                "each class once (more words for one class go on its line, separated by ', ')"
+            )
 
 
 def _split_name(name: str, overrides: Mapping[str, object]) -> tuple[str, dict[str, object]]:
@@ -315,6 +332,8 @@ def _override(
         value = changes[key]
         if key in ("classes", "templates"):
             name = str(value)  # a path is seen from here, not from the protocol file
+            if name.endswith(".txt") and not Path(name).is_file():
+                raise UserError(f"--{key} {name} does not exist")
             value = str(Path(name).resolve()) if name.endswith(".txt") else name
             written = Path(name).stem
         else:
@@ -364,6 +383,7 @@ def read_task(
     if suffix:
         name, where = name + suffix, f"protocol {name}{suffix} of {benchmark.dataset}"
     classes = _find_classes(settings.pop("classes", None), benchmark, yaml, where)
+    refuse_doubles(classes, where)
     prompts = _find_templates(settings.get("templates", "openai"), yaml)
     prompt_texts = [prompt("{}") for prompt in prompts]
     return Task(

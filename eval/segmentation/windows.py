@@ -118,7 +118,7 @@ def whole_patches(height: int, width: int, patch: int) -> tuple[int, int]:
     if min(height, width) < patch:
         raise UserError(
             f"a window of {width}x{height} pixels holds no patch of {patch}; the picture is too "
-            "narrow for this model, leave it out of the split's list"
+            "narrow for this model, leave it out"
         )
     return height // patch * patch, width // patch * patch
 
@@ -180,7 +180,7 @@ def make_plan(height: int, width: int, protocol: Protocol, patch: int) -> Plan:
     if min(size) == 0:
         raise UserError(
             f"{width}x{height} pixels shrink to {size[1]}x{size[0]} at a long side of "
-            f"{protocol.cap}; the picture is too narrow, leave it out of the split's list"
+            f"{protocol.cap}; the picture is too narrow, leave it out"
         )
     boxes = tuple(window_boxes(*size, protocol.window, protocol.stride))
     window = boxes[0].y1 - boxes[0].y0, boxes[0].x1 - boxes[0].x0

@@ -146,7 +146,20 @@ def read_image(file: Path) -> tuple[npt.NDArray[np.uint8], bool]:
     opened = _open(file)
     turned = _orientation(opened) != 1
     upright = ImageOps.exif_transpose(opened) if turned else opened
-    return np.asarray(upright.convert("RGB"), dtype=np.uint8), turned
+    return np.asarray(_to_rgb(upright, file), dtype=np.uint8), turned
+
+
+def _to_rgb(opened: Image.Image, file: Path) -> Image.Image:
+    """Convert to RGB; Pillow's own conversion clips what has more than 8 bits to white."""
+    if opened.mode.startswith("I;16"):
+        grey = np.asarray(opened, dtype=np.uint16).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if opened.mode in ("I", "F"):
+        raise UserError(
+            f"{file} has mode {opened.mode} (32 bits a pixel), whose range is not known; save it "
+            "as an 8-bit picture"
+        )
+    return opened.convert("RGB")
 
 
 def read_labels(file: Path) -> Labels:

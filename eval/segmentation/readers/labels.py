@@ -107,6 +107,8 @@ def lookup(rule: str, classes: int) -> Labels:
     Raises:
         UserError: the rule's table belongs to a data set with another number of classes.
     """
+    if classes > IGNORE:
+        raise UserError(f"{classes} classes are more than label files of 8 bits hold ({IGNORE})")
     table = LABEL_RULES[rule](classes)
     given = 1 + max(to for to in table.values() if to != IGNORE)
     if given != classes:
