@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import IO, Any
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -277,7 +278,13 @@ def _evaluate(benchmark: ModuleType, words: list[str], argv: Sequence[str] | Non
     ):
         # What clip_benchmark leaves to webdataset's default, which warns of it.
         warnings.filterwarnings("ignore", message=r"WebDataset\(shardshuffle")
-        benchmark.main_eval(args)
+        try:
+            benchmark.main_eval(args)
+        except URLError as error:
+            raise UserError(
+                f"{', '.join(args.dataset)} is not in {args.dataset_root} and cannot be fetched "
+                f"({error.reason}); put it there, or score shards: --from-shards writes their form"
+            ) from None
 
 
 def _build_csv(benchmark: ModuleType, words: list[str]) -> None:

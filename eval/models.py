@@ -88,6 +88,7 @@ def load_from_flags(args: argparse.Namespace) -> Built:
     log.info(
         "model %s, weights %s, pooling %s, activation %s, %d x %d px, %d parameters",
         info.name, args.pretrained or ("random" if args.random_weights else "its own"),
-        info.pooling, info.activation, *info.image_size, info.parameters,
+        info.pooling if info.pooling["pooling"] == "last" else info.pooling["pooling"],
+        info.activation, *info.image_size, info.parameters,
     )  # fmt: skip
     return built

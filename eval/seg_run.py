@@ -144,24 +144,30 @@ def score_job(
 
 def report(
     job: Job, built: Built, scores: Scores, broken: Sequence[Broken], args: argparse.Namespace
-) -> None:
-    """Print the scores, and what they must not be taken for."""
+) -> str:
+    """Print the scores, and what they must not be taken for; returns the line with the mIoU."""
     protocol = job.task.protocol
     images = len(job.names) - len(broken)
     print("\n".join(class_table(job.task.names, scores)))
     pooling = _pooling_words(built.info.pooling)
-    print(summary(protocol, scores, images, args.method, pooling))
+    line = summary(protocol, scores, images, args.method, pooling)
+    print(line)
     if broken or not job.complete:
         of = job.expected or len(job.reader.ids)
         print(f"NOT COMPARABLE: {images} images scored, split {protocol.split} has {of}")
     if args.random_weights:
         print("RANDOM WEIGHTS: these scores say nothing about a trained model")
+    return line
 
 
 def run_job(
     job: Job, built: Built, argv: Sequence[str] | None, args: argparse.Namespace, ranks: Ranks
-) -> list[Broken]:
-    """Score one data set and write its results; returns the pictures that could not be scored."""
+) -> tuple[list[Broken], str]:
+    """Score one data set and write its results.
+
+    Returns:
+        The pictures that could not be scored, and the line that says the scores.
+    """
     _say_differences(built, job.task)
     record = make_record(
         MODULE,
@@ -175,7 +181,7 @@ def run_job(
     start = time.monotonic()
     confusion, broken, earlier = score_job(job, built, args, ranks)
     if not ranks.first:
-        return broken
+        return broken, ""
     scores = score(confusion)
     record.update(end=utc_now(), seconds=round(time.monotonic() - start, 1), resumed_from=earlier)
     model: dict[str, Any] = {**built.info.to_dict(), "random_weights": args.random_weights}
@@ -193,6 +199,6 @@ def run_job(
     }
     write_classes(job.output / "classes.csv", job.task.names, scores, confusion)
     write_json(job.output / RESULTS, results)
-    report(job, built, scores, broken, args)
+    line = report(job, built, scores, broken, args)
     log.info("wrote %s", job.output / RESULTS)
-    return broken
+    return broken, line

@@ -29,6 +29,7 @@ from .segmentation.job import Job
 from .segmentation.loading import Broken
 from .segmentation.prepare import Wanted, prepare
 from .segmentation.protocol import Task, read_task
+from .segmentation.readers import NotHereError
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ def prepare_jobs(args: argparse.Namespace) -> list[Job]:
     """
     tasks = read_tasks(args)
     check_numbers(args, limit=1, overlays=0, max_bad=0)
+    if "," in args.method:
+        raise UserError(f"--method {args.method} names several; give one, and run once for each")
     METHODS[args.method]  # an unknown name raises
     jobs = []
     for task in tasks:
@@ -150,7 +153,14 @@ def prepare_jobs(args: argparse.Namespace) -> list[Job]:
             resume=args.resume,
             max_bad=args.max_bad,
         )
-        jobs.append(prepare(task, wanted))
+        try:
+            jobs.append(prepare(task, wanted))
+        except NotHereError as error:
+            others = [t.benchmark.dataset for t in tasks if t is not task]
+            without = f", or leave it out: --dataset {','.join(others)}" if others else ""
+            raise UserError(
+                f"{task.benchmark.dataset}: {error}; --check says what to fetch{without}"
+            ) from None
     return jobs
 
 
@@ -169,7 +179,8 @@ def check(args: argparse.Namespace) -> None:
             print(f"{task.benchmark.dataset}: no fault found in split {task.benchmark.split}")
         faults += len(found)
     if faults:
-        raise UserError(f"{faults} faults in --data-root {args.data_root}; they are listed above")
+        lines = "1 line" if faults == 1 else f"{faults} lines"
+        raise UserError(f"--data-root {args.data_root} is not as it should be: {lines} above")
 
 
 def _refuse_bad(broken: Sequence[Broken], total: int, most: int) -> None:
@@ -200,9 +211,14 @@ def run(argv: Sequence[str] | None = None) -> None:
     if args.random_weights:
         log.warning("random weights: the scores will say nothing about a trained model")
     broken: list[Broken] = []
+    said: list[str] = []
     with process_group(ranks):
         for job in jobs:
-            broken += run_job(job, built, argv, args, ranks)
+            bad, line = run_job(job, built, argv, args, ranks)
+            broken += bad
+            said.append(line)
+    if len(jobs) > 1 and ranks.first:
+        print("\n" + "\n".join(said))
     _refuse_bad(broken, sum(len(job.names) for job in jobs), args.max_bad)
 
 

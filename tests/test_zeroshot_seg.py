@@ -538,7 +538,7 @@ def test_the_check_says_what_is_wrong_and_builds_nothing(toy, capsys):
     assert zeroshot_seg.main(words) == 2
     printed = capsys.readouterr()
     assert "a3.png" in printed.out
-    assert "they are listed above" in printed.err
+    assert "is not as it should be: 1 line above" in printed.err
     assert not (toy / "out").exists()
 
 

@@ -71,7 +71,7 @@ def open_reader(task: Task, data_root: Path) -> tuple[Task, Reader]:
             return with_labels(task, labels), reader
     # What was found in part says more than what was not found at all.
     first = max(failures, key=lambda error: error.depth)
-    others = [f for f in (bench.folder, *bench.folders) if f"{f}/" not in str(first)]
+    others = [f for f in (bench.folder, *bench.folders) if f not in str(first)]
     tail = f"; also looked for as {', '.join(others)}" if others and first.depth < 2 else ""
     raise NotHereError(f"{first}{tail}", first.depth)
 

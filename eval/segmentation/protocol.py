@@ -212,7 +212,7 @@ def _check(protocol: Protocol, where: str) -> None:
         raise UserError(
             f"{where}: threshold {protocol.threshold:g} and area {protocol.area:g}: "
             f"{protocol.dataset} has no background class that they could assign (class 0 is a "
-            "real one); set both to 0"
+            "real one); set both to 0, or leave {protocol.dataset} out"
         )
 
 
@@ -287,7 +287,8 @@ def _find_classes(value: object, benchmark: Benchmark, yaml: Path, where: str) -
     if len(classes) != len(own):
         raise UserError(
             f"{where}: class {'list' if listed else 'file'} {file} has {len(classes)} classes, "
-            f"{benchmark.dataset} has {len(own)}; write one class a line in the order of {benchmark.classes}"
+            f"{benchmark.dataset} has {len(own)}; write one class a line in the order of "
+            f"{benchmark.classes}"
         )
     return classes
 
