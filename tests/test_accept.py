@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,6 @@ CLASSES = ("red", "blue")
 NAME = "ViT-nano:mine"
 WEIGHTS = ["model", "tag", "activation", "file", "sha256", "sha256_source", "top1", "top1_source"]
 ROWS = ["model", "tag", "dataset", "protocol", "method", "miou", "tolerance", "source"]
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def write(file: Path, heads: list[str], *rows: dict[str, str]) -> None:

@@ -1,6 +1,5 @@
 """clip_benchmark with our models: its data form, its two faults, and agreement with our scores."""
 
-import gc
 import json
 import logging
 import sys
@@ -24,17 +23,6 @@ from tests.toy_models import saved
 CLASSES = ("red", "blue", "green", "yellow", "white", "black")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 NANO = ("--model", "LaSt-ViT-nano", "--random-weights")
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    gc.collect()  # webdataset leaves shards open: closed here, where their warning is expected
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="module")

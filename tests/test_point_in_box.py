@@ -1,7 +1,6 @@
 """eval.point_in_box: which pictures count, scores by hand, references, and the command."""
 
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -33,17 +32,6 @@ from tests.toy import jpeg, write_shard
 
 MODEL = ["--model", "LaSt-ViT-nano", "--random-weights", "--device", "cpu", "--workers", "1"]
 NAMES = ("red", "blue", "green")
-
-
-@pytest.fixture(autouse=True)
-def _own_logging():
-    """Give the root logger back as it was: entry points set it up for themselves."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def run(capsys, out: Path, *argv: str) -> tuple[dict, str]:

@@ -1,7 +1,6 @@
 """Published figures: what ships, what stands beside what, and how far apart."""
 
 import json
-import logging
 import re
 
 import pandas as pd
@@ -26,16 +25,6 @@ from eval.segmentation.protocol import read_task
 from lazyclip.base.errors import UserError
 from lazyclip.dense import METHODS
 from tests.toy_results import OPENAI, RANDOM, SAVED, seg
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def only(tmp_path, **how):

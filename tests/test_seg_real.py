@@ -1,7 +1,6 @@
 """The real samples of every benchmark: examined, scored by every method, counted once more."""
 
 import json
-import logging
 import tarfile
 
 import numpy as np
@@ -29,16 +28,6 @@ SETS = [
 ]
 QUICK = ("--short", "112", "--window", "64", "--stride", "48", "--templates", "plain",
          "--model", "ViT-nano", "--random-weights")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="module")

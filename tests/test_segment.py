@@ -1,7 +1,6 @@
 """Masks for anyone's pictures: files, legend, and the errors a user can mend."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -11,16 +10,6 @@ from eval import segment
 
 MODEL = ("--model", "LaSt-ViT-nano", "--random-weights", "--templates", "plain")
 SMALL = ("--short", "64", "--window", "64", "--stride", "32")
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 @pytest.fixture

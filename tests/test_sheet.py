@@ -1,7 +1,5 @@
 """Contact sheets: which pictures, which colours, in which column."""
 
-import logging
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,16 +13,6 @@ from tests.toy_results import SAVED, seg
 from tests.toy_voc import make_protocol, make_voc
 
 NAMES = ("cat", "dog", "sofa")
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def flat(colour, size=(20, 30)):

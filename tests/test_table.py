@@ -1,7 +1,6 @@
 """The table: what stands in which cell, what is kept apart, and what is named."""
 
 import json
-import logging
 
 import pandas as pd
 import pytest
@@ -10,16 +9,6 @@ from eval import table
 from eval.layout import arrange, markdown, retention
 from eval.runs import CLASSIFICATION, RETRIEVAL, SEGMENTATION, collect, frame, pooling_words
 from tests.toy_results import OPENAI, RANDOM, SAVED, bench, cls, put, seg
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:

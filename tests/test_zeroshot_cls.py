@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -20,17 +19,6 @@ from lazyclip.zeroshot import class_list, read_classes
 from tests.toy import caption_sample, caption_shards, jpeg, png, write_shard
 
 MODEL = ["--model", "LaSt-ViT-nano", "--random-weights", "--device", "cpu", "--workers", "1"]
-
-
-@pytest.fixture(autouse=True)
-def _own_logging():
-    """Give the root logger back as it was: entry points set it up for themselves."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def fails(capsys, words: list[str], *argv: str) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import os
 import re
 import subprocess
@@ -24,17 +23,6 @@ from tests import reference_seg as reference
 from tests.toy_voc import make_protocol, make_voc, palette_png
 
 MODEL = ("--model", "LaSt-ViT-nano", "--random-weights")
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    """Take away the handlers of the command: they write to a stream that ends with the test."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 @pytest.fixture
