@@ -89,6 +89,32 @@ def test_label_maps_equal_the_step_by_step_reference(size, values):
     assert len(np.unique(found)) > 1
 
 
+def test_pamr_stands_between_the_maps_and_the_decision():
+    size = (30, 38)
+    protocol = protocol_of(short=32, window=24, stride=16, pamr="naclip", threshold=0.3)
+    image = blocks(*size, seed=2)
+    linear = weights(5)
+    about = (protocol.mean, protocol.std)
+    canvas = reference.canvas_of(
+        image, slow_maps(linear), protocol.short, protocol.cap, protocol.window,
+        protocol.stride, *about,
+    )  # fmt: skip
+    full = reference.bilinear_maps(canvas, *size)
+    resized = reference.resize_uint8(image, *reference.target_size(*size, 32, protocol.cap))
+    pixels = np.moveaxis((resized - np.array(about[0])) / np.array(about[1]), -1, 0)
+    refined = reference.pamr(full, reference.bilinear_maps(pixels, *size), 10, (8, 16))
+    scores = reference.class_scores(refined, OWNERS, 3, protocol.logit_scale)
+    expected, margin = reference.decide(scores, protocol.threshold)
+    found = segment(image, fast_maps(linear), protocol, OWNERS, patch=PATCH)
+    clear = margin > 0.02
+    assert clear.mean() > 0.8
+    assert np.array_equal(found[clear], expected[clear])
+    plain = segment(
+        image, fast_maps(linear), dataclasses.replace(protocol, pamr="off"), OWNERS, patch=PATCH
+    )
+    assert not np.array_equal(found, plain)
+
+
 def halves(height, width):
     image = np.zeros((height, width, 3), dtype=np.uint8)
     image[:, : width // 2] = (255, 0, 0)
