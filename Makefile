@@ -10,7 +10,7 @@ PY := .venv/bin/python
 #   make venv TORCH="torch torchvision --index-url URL_OF_THE_CPU_WHEELS"
 TORCH ?= torch torchvision
 
-.PHONY: venv test lint demo demo-full bench clean
+.PHONY: venv test test-faults lint demo demo-full bench clean
 
 venv: .venv/.ready
 
@@ -29,6 +29,11 @@ venv: .venv/.ready
 
 test: venv
 	$(PY) -m pytest -q -n $(JOBS) --dist worksteal
+
+# Fifty kills and a compiled model: many minutes.
+test-faults: venv
+	LAZYCLIP_TEST_FAULTS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests/test_faults.py \
+	  tests/test_signals.py tests/test_bad_data.py tests/test_resume.py tests/test_step.py
 
 lint: venv
 	$(PY) -m ruff format --check .

@@ -18,9 +18,9 @@ from lazyclip.export import save_model
 from lazyclip.factory import build
 from tests.toy_run import TINY, finished, metrics, train, world
 from training import loop as module
-from training.data.batches import Batch
-from training.data.samples import Dropped
+from training import step as step_module
 from training.distributed import Place
+from training.feed import Bad, Fed, fixed
 from training.loop import Loop, Run
 from training.optim import make_optimizer
 from training.params import TrainArgs
@@ -93,8 +93,8 @@ def _make_loop(tmp_path, clock, batches=None, steps: int = 6, **changes) -> Loop
         draw = torch.Generator().manual_seed(0)
         for number in itertools.count():
             clock.pass_by(1.0)
-            dropped = (Dropped(f"0.tar:{number}", "bad picture"),) if number % 2 else ()
-            yield Batch(torch.randn(4, 4, generator=draw), torch.ones(4, 4), dropped)
+            bad = (Bad(f"0.tar:{number}", "bad picture"),) if number % 2 else ()
+            yield Fed(torch.randn(4, 4, generator=draw), torch.ones(4, 4), bad)
 
     args = TrainArgs(**{"batch_size": 4, "log_every_n_steps": 4, "lr": 0.1, **changes})
     plan = Plan(SAMPLES_PER_EPOCH, 4, steps, 3, warmup=0, save_every=99, probe_every=99)
@@ -105,7 +105,8 @@ def _make_loop(tmp_path, clock, batches=None, steps: int = 6, **changes) -> Loop
         args=args, plan=plan, place=Place(0, 1, 0, torch.device("cpu")), precision="fp32",
         model=model, wrapped=model, info=None,
         optimizer=make_optimizer(model, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, wd=0.0),
-        batches=endless() if batches is None else batches, probe=None, record={}, folder=None,
+        feed=fixed(endless if batches is None else lambda: (fed for fed in batches)),
+        probe=None, record={}, folder=None,
         metrics=MetricsWriter(tmp_path / "metrics.jsonl"), curves=None,
     )  # fmt: skip
     return Loop(run)
@@ -164,9 +165,9 @@ def test_a_step_is_adam_by_hand_with_the_gradient_clipped(make_loop):
 
 
 def test_dropped_samples_are_named_until_there_are_many(tmp_path, make_loop, caplog):
-    bad = tuple(Dropped(f"0.tar:{n}", "no caption", "has jpg") for n in range(25))
-    batch = Batch(torch.randn(4, 4), torch.ones(4, 4), bad)
-    loop = make_loop(batches=iter([batch] * 2), steps=2, max_bad_fraction=1)
+    bad = tuple(Bad(f"0.tar:{n}", "no caption", "has jpg") for n in range(25))
+    fed = Fed(torch.randn(4, 4), torch.ones(4, 4), bad)
+    loop = make_loop(batches=[fed] * 2, steps=2, max_bad_fraction=1)
     loop.run()
     named = [m for m in caplog.messages if m.startswith("dropped 0.tar:")]
     assert named == [f"dropped 0.tar:{n}: no caption: has jpg" for n in range(20)]
@@ -196,37 +197,119 @@ def test_the_logit_scale_does_not_fall_below_one(make_loop):
     assert loop.run_.model.logit_scale.item() == 0.0
 
 
-def test_a_loss_that_is_not_finite_fails_the_run_and_saves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="loss at step 2 is nan; nothing is saved"):
+def test_a_run_that_stays_not_finite_fails_and_saves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="the last 3 steps up to 4 were not finite"):
         train(tmp_path, train_data=world(), lr=1e30, warmup=0, save_every=2, model=TINY)
     status = json.loads((tmp_path / "a" / "status.json").read_text())
-    assert (status["state"], status["retryable"], status["step"]) == ("failed", False, 2)
+    assert (status["state"], status["retryable"], status["step"]) == ("failed", False, 4)
     assert "--grad-clip-norm" in status["reason"]
     assert not (tmp_path / "a" / "checkpoints").exists()
     assert not (tmp_path / "a" / "model").exists()
-    assert [line["step"] for line in metrics(tmp_path / "a")] == [1]
+    lines = metrics(tmp_path / "a")
+    assert [line["train/loss"] is None for line in lines] == [False, True, True, True]
+    assert [line.get("skipped") for line in lines] == [None, 1, 2, 3]
 
 
-def test_weights_that_are_not_finite_are_not_saved_though_the_loss_was(tmp_path, monkeypatch):
-    """The last gradient overflows: no later loss would show it."""
-    plain = module.contrastive_loss
+def spoiled(monkeypatch, steps) -> list[int]:
+    """Let the gradient of some steps be NaN; returns the steps that were computed."""
+    plain, seen = step_module.contrastive_loss, []
 
-    def overflowing(images, texts, scale):
-        images.register_hook(lambda grad: grad * math.nan)
-        return plain(images, texts, scale)
+    def sometimes(images, texts, scale, masked=None):
+        seen.append(len(seen) + 1)
+        if seen[-1] in steps:
+            images.register_hook(lambda grad: grad * math.nan)
+        return plain(images, texts, scale, masked)
 
-    monkeypatch.setattr(module, "contrastive_loss", overflowing)
-    with pytest.raises(RuntimeError, match="step 1 left weights that are not finite"):
-        train(tmp_path, train_data=world(), train_num_samples=8, model=TINY)
-    assert not (tmp_path / "a" / "checkpoints").exists()
+    monkeypatch.setattr(step_module, "contrastive_loss", sometimes)
+    return seen
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_its_samples_are_told(tmp_path, monkeypatch):
+    spoiled(monkeypatch, {2})
+    ran = train(tmp_path, train_data=world(), model=TINY, audit="ids")
+    assert ran.code == 0
+    assert all(math.isfinite(line["train/loss"]) for line in metrics(ran.folder))
+    assert "step 2 skipped: its loss or gradient is not finite (1 in all)" in ran.err
+    (told,) = [json.loads(x) for x in (ran.folder / "ledger-rank0.jsonl").read_text().splitlines()]
+    audit = [json.loads(x) for x in (ran.folder / "audit.jsonl").read_text().splitlines()]
+    assert (told["step"], told["event"]) == (2, "not finite")
+    assert sorted(told["ids"]) == audit[1]["ids"]
+    assert json.loads((ran.folder / "params.json").read_text())["skipped"] == 1
+
+
+def test_a_skipped_step_changes_neither_weights_nor_moments(make_loop, monkeypatch):
+    spoiled(monkeypatch, {2})
+    loop = make_loop(steps=2)
+    before = {}
+    plain = Loop._skip
+
+    def look(self, fed):
+        before.update({k: v.clone() for k, v in self.run_.model.state_dict().items()})
+        plain(self, fed)
+
+    monkeypatch.setattr(Loop, "_skip", look)
+    loop.run()
+    after = loop.run_.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert {int(s["step"]) for s in loop.run_.optimizer.state.values()} == {1}
+
+
+def test_too_many_skipped_steps_bring_the_last_checkpoint_back(tmp_path, monkeypatch):
+    """Steps 3 and 4 are not finite, one is borne: step 2's weights return, and 5 and 6 follow."""
+    spoiled(monkeypatch, {3, 4})
+    how = {"train_data": world(), "model": TINY, "train_num_samples": 48, "save_every": 2}
+    plain, back = Loop._go_back, {}
+
+    def look(self, number):
+        plain(self, number)
+        back.update({k: v.clone() for k, v in self.run_.model.state_dict().items()})
+        back["moments"] = {int(s["step"]) for s in self.run_.optimizer.state.values()}
+
+    monkeypatch.setattr(Loop, "_go_back", look)
+    before = Loop._skip
+
+    def spoil(self, fed):
+        with torch.no_grad():
+            self.run_.model.logit_scale.fill_(1.5)
+        before(self, fed)
+
+    monkeypatch.setattr(Loop, "_skip", spoil)
+    ran = train(tmp_path, **how, max_nonfinite=1)
+    saved = load_file(ran.folder / "checkpoints" / "step_00000002" / "open_clip_model.safetensors")
+    assert all(torch.equal(back[name], value) for name, value in saved.items())
+    assert back["moments"] == {2}
+    assert ran.code == 0
+    assert "weights and optimiser of step 2 are back; steps 3 to 4 count for nothing" in ran.err
+    events = [json.loads(x) for x in (ran.folder / "ledger-rank0.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["event"]) for e in events] == [
+        (3, "not finite"), (4, "not finite"), (4, "went back"),
+    ]  # fmt: skip
+    assert events[2]["to"] == 2
+    names = sorted(p.name for p in (ran.folder / "checkpoints").iterdir())
+    assert names == ["step_00000002", "step_00000004", "step_00000006"]
+
+
+def test_a_run_without_a_checkpoint_to_go_back_to_ends(tmp_path, monkeypatch):
+    spoiled(monkeypatch, {1, 2, 3})
+    with pytest.raises(RuntimeError, match="3 of the steps up to 3 were not finite, and no check"):
+        train(tmp_path, train_data=world(), model=TINY, max_nonfinite=2)
     assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "failed"
 
 
-def test_an_interrupted_run_says_so(tmp_path, monkeypatch):
+def test_a_run_goes_back_twice_and_then_ends(tmp_path, monkeypatch):
+    spoiled(monkeypatch, set(range(2, 99)))
+    how = {"train_data": world(), "model": TINY, "train_num_samples": 96, "save_every": 1}
+    with pytest.raises(RuntimeError, match="going back did not help"):
+        train(tmp_path, **how, max_nonfinite=1)
+    status = json.loads((tmp_path / "a" / "status.json").read_text())
+    assert (status["state"], status["retryable"]) == ("failed", False)
+
+
+def test_an_interruption_that_no_handler_takes_is_told(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "contrastive_loss", interrupted)
+    monkeypatch.setattr(step_module, "contrastive_loss", interrupted)
     ran = train(tmp_path, train_data=world(), model=TINY)
     assert ran.code == 130
     status = json.loads((ran.folder / "status.json").read_text())

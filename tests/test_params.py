@@ -12,8 +12,9 @@ from training.params import FOREIGN, FOREIGN_VALUES, TrainArgs, make_parser, par
 # The flags of `training.main`. People type these and scripts hold them: a change here is one of the
 # public interface and stands in the changelog.
 FLAG_TEXT = """
---augment --batch-size --beta1 --beta2 --classes --config --dataset-resampled --dataset-type
---device --dry-run
+--accum-freq --audit --augment --batch-size --beta1 --beta2 --classes --config --dataset-resampled
+--dataset-type --device --dry-run --filter --keep --lanes --loader --manifest --max-nonfinite
+--resume --save-every-minutes --torchcompile --train-data-upsampling-factors --watchdog-minutes
 --epochs --eps --force-image-size --force-quick-gelu --gather-with-grad --grad-checkpointing
 --grad-clip-norm --help --last-eps --last-k --last-kernel --last-pooling --last-score --last-sigma
 --local-loss --lock-image --lock-image-unlocked-groups --lock-text --log-every-n-steps --logs --lr
@@ -24,7 +25,8 @@ FLAG_TEXT = """
 
 # Those of them that open_clip 3.3's trainer has too, with its spelling.
 ALSO_TEXT = """
---batch-size --beta1 --beta2 --dataset-resampled --dataset-type --device --epochs --eps
+--accum-freq --batch-size --beta1 --beta2 --dataset-resampled --dataset-type --device --epochs
+--eps --resume --torchcompile --train-data-upsampling-factors
 --force-image-size
 --force-quick-gelu --gather-with-grad --grad-checkpointing --grad-clip-norm --local-loss
 --lock-image --lock-image-unlocked-groups --lock-text --log-every-n-steps --logs --lr --model
@@ -35,7 +37,8 @@ ALSO_TEXT = """
 FLAGS, ALSO_OPEN_CLIPS = FLAG_TEXT.split(), ALSO_TEXT.split()
 FIELDS = dataclasses.fields(TrainArgs)
 # A value that differs from the default, as typed and as read, for each kind of field.
-GIVEN = {"int": ("3", 3), "float": ("0.25", 0.25), "str": ("word", "word")}
+GIVEN = {"tuple": ("a>1", ("a>1",)), "int": ("7", 7), "float": ("0.25", 0.25),
+         "str": ("word", "word")}  # fmt: skip
 
 
 def actions() -> dict[str, argparse.Action]:
@@ -245,11 +248,27 @@ def test_an_unknown_recipe_is_named():
         ("--lr", "nan"), ("--wd", "-0.1"), ("--eps", "-1"), ("--beta1", "1"), ("--beta2", "-0.5"),
         ("--grad-clip-norm", "-1"), ("--max-bad-fraction", "-0.1"), ("--max-bad-fraction", "1.5"),
         ("--max-bad-fraction", "nan"), ("--train-num-samples", "0"), ("--val-num-samples", "0"),
-        ("--threads", "0"), ("--force-image-size", "0"), ("--lock-image-unlocked-groups", "-1"),
+        ("--threads", "0"), ("--keep", "-1"), ("--lanes", "0"), ("--accum-freq", "0"),
+        ("--save-every-minutes", "-1"), ("--watchdog-minutes", "-1"), ("--max-nonfinite", "0"),
+        ("--loader", "fast"), ("--audit", "all"), ("--force-image-size", "0"),
+        ("--lock-image-unlocked-groups", "-1"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_with_the_flag(flag, value):
     assert error_of(flag, value).startswith(flag)
+
+
+def test_conditions_add_up_and_a_recipe_may_list_them(tmp_path):
+    assert parse(["--filter", "a>=1", "--filter", "b<2"]).args.filter == ("a>=1", "b<2")
+    file = recipe(tmp_path, "filter:\n- a>=1\n- b<2\n")
+    assert parse(["--config", file]).args.filter == ("a>=1", "b<2")
+    assert "expected a list of texts" in error_of("--config", recipe(tmp_path, "filter: 3\n"))
+
+
+def test_an_audit_writes_digests_unless_asked_for_ids():
+    assert [parse(words).args.audit for words in ([], ["--audit"], ["--audit", "ids"])] == [
+        None, "digest", "ids",
+    ]  # fmt: skip
 
 
 def test_locking_both_towers_is_refused():

@@ -11,7 +11,6 @@ from lazyclip.base.errors import UserError
 from lazyclip.factory import build
 from tests.toy import caption_sample, caption_shards, write_shard
 from tests.toy_run import CLASSES, TINY, Ran, finished, small, train, world
-from training.data.sources import Source
 from training.distributed import Place, find_place
 from training.main import main
 from training.params import TrainArgs
@@ -22,17 +21,18 @@ CPU = torch.device("cpu")
 
 def plan(samples: int, world_size: int = 1, **changes) -> Plan:
     args = TrainArgs(**{"batch_size": 8, "epochs": 2, **changes})
-    return make_plan(args, Source((), samples, False), Place(0, world_size, 0, CPU))
+    return make_plan(args, samples, Place(0, world_size, 0, CPU))
 
 
 def mistake(tmp_path: Path, **changes) -> str:
     """Make a run that cannot be; returns its one line and checks that nothing was written."""
-    before = sorted(tmp_path.rglob("*"))
+    there = sorted(tmp_path.rglob("*"))
     ran: Ran = train(tmp_path / "logs", **{"train_data": world(), **changes})
     assert ran.code == 2
     assert ran.out == ""
-    assert sorted(tmp_path.rglob("*")) == before
-    (line,) = ran.err.splitlines()
+    assert sorted(tmp_path.rglob("*")) == there
+    *before, line = ran.err.splitlines()
+    assert all(" | " in said for said in before)  # log lines
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
 
@@ -85,7 +85,9 @@ def test_a_run_that_exists_is_left_alone(tmp_path):
     folder = tmp_path / "logs" / "a"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("mine")
-    assert mistake(tmp_path) == f"{folder} exists; give another --name or --logs"
+    assert mistake(tmp_path) == (
+        f"{folder} exists; go on with it by --resume latest, or give another --name or --logs"
+    )
     assert (folder / "metrics.jsonl").read_text() == "mine"
 
 
@@ -111,7 +113,10 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
         "model: LaSt-ViT-nano, weights random, 7,582,465 parameters (7,582,465 trained)",
         "activation gelu, image 64 x 64 px, 8 x 8 patches",
         "pooling: pooling last, score paper, k 12,",
-        "data: 4 shards, 32 samples in an epoch",
+        "data: 32 samples in an epoch, 5.00 passes; exact loader, 4 shards, ",
+        "32 samples in a pass, 4 chunks of 64, manifest ",
+        "data: order: 8 lanes, windows of at most ",
+        "data: members: ",
         "plan: 20 steps of 8 samples (8 per rank x 1) = 160 samples seen; warm-up 2 steps (10.0 %)",
         "lr 0.0005, weight decay 0.2; checkpoint every 4 steps",
     ):
@@ -130,8 +135,12 @@ def test_a_dry_run_counts_what_is_trained_and_names_what_flags_overrode(tmp_path
 
 
 def test_resampling_is_said(tmp_path):
-    ran = train(tmp_path, train_data=world(), dry_run=True, dataset_resampled=True, workers=9)
-    assert "0.4 shards per loader process, drawn with replacement" in ran.out
+    ran = train(tmp_path, train_data=world(), dry_run=True, dataset_resampled=True, workers=9,
+                loader="sequential")  # fmt: skip
+    assert (
+        "sequential loader, 4 shards, 0.4 shards per loader process, drawn with replacement"
+        in ran.out
+    )
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -149,11 +158,50 @@ def test_a_pattern_without_files_says_what_was_tried(tmp_path):
 
 def test_shards_without_captions_show_their_suffixes(tmp_path):
     shard = write_shard(tmp_path / "0.tar", [{"jpg": b"x", "cls": b"0"}] * 2)
-    assert "seen: cls in 2, jpg in 2 of 2 samples" in mistake(tmp_path, train_data=shard)
+    said = mistake(tmp_path, train_data=shard, loader="sequential")
+    assert "seen: cls in 2, jpg in 2 of 2 samples" in said
+    ran = train(tmp_path / "logs", train_data=shard)
+    assert ran.code == 2
+    assert "no captions" in ran.err
+    assert "seen: jpg in 2, cls in 2 of 2 records" in ran.err
+    assert not (tmp_path / "logs").exists()
 
 
 def test_fewer_shards_than_loader_processes(tmp_path):
-    assert "4 shards < 1 ranks x 5 workers; use --workers 4" in mistake(tmp_path, workers=5)
+    said = mistake(tmp_path, workers=5, loader="sequential")
+    assert "4 shards < 1 ranks x 5 workers; use --workers 4" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lanes": 3}, "a global batch of 8 does not divide among 3 lanes; use 6 or 9, or lanes 1"),
+        ({"batch_size": 40}, "32 samples < 40 lanes"),
+        ({"dataset_resampled": True}, "has no passes; add --loader sequential"),
+        ({"loader": "sequential", "audit": True}, "--audit needs the exact loader"),
+        ({"loader": "sequential", "lanes": 4}, "--lanes needs the exact loader"),
+        ({"loader": "sequential", "filter": "a>1"}, "--filter needs the exact loader"),
+        ({"train_data_upsampling_factors": "1.5"}, "'1.5' is no whole number from 1"),
+        ({"train_data_upsampling_factors": "1.5", "loader": "sequential"},
+         "fractions need --dataset-resampled"),
+        ({"filter": "nothing>1"}, "nothing"),
+        ({"manifest": "none/at/all.npz", "filter": "similarity"}, "similarity"),
+    ],
+)  # fmt: skip
+def test_numbers_of_the_loaders_that_do_not_fit(tmp_path, changes, said):
+    assert said in mistake(tmp_path, **changes)
+
+
+def test_upsampling_factors_make_a_pass_longer(tmp_path):
+    other = caption_shards(tmp_path / "d", shards=1, per_shard=8, classes=CLASSES)
+    how = {"train_data": f"{world()}::{other}", "dry_run": True}
+    ran = train(tmp_path, **how, train_data_upsampling_factors="1::3")
+    assert "data: 56 samples in an epoch" in ran.out
+    drawn = train(tmp_path, **how, train_data_upsampling_factors="1::0.5", loader="sequential",
+                  dataset_resampled=True)  # fmt: skip
+    assert drawn.code == 0, drawn.err
+    twice = train(tmp_path, **how, train_data_upsampling_factors="1::2", loader="sequential")
+    assert "data: 48 samples in an epoch" in twice.out
 
 
 def test_an_unknown_model_names_the_nearest(tmp_path):
@@ -239,8 +287,8 @@ def test_curves_that_cannot_be_drawn(tmp_path, monkeypatch):
 
 
 def test_flags_of_open_clip_that_are_lacking(tmp_path, capsys):
-    assert main([*small(logs=tmp_path), "--resume", "latest"]) == 2
-    assert capsys.readouterr().err.startswith("error: --resume is open_clip's: ")
+    assert main([*small(logs=tmp_path), "--save-frequency", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: --save-frequency is open_clip's: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -255,8 +303,8 @@ def test_a_device_of_another_kind(tmp_path):
 def test_every_rank_tells_its_line(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    ran = train(tmp_path, train_data=world(), last_k=300)
-    assert ran.err.startswith("[rank 1] error: --last-k 300 exceeds")
+    ran = train(tmp_path, train_data=world(), batch_size="many")
+    assert ran.err.startswith("[rank 1] error: argument --batch-size: invalid int value: 'many'")
 
 
 # --- mistakes that only show later ----------------------------------------------------------------
@@ -284,16 +332,17 @@ def test_a_later_class_beyond_the_list_ends_the_run_before_its_first_step(tmp_pa
 def test_too_many_bad_samples_end_the_run_with_their_reasons(tmp_path):
     good, empty = caption_sample(0, CLASSES), {"jpg": b"x", "txt": b" "}
     shard = write_shard(tmp_path / "0.tar", ([empty] * 70 + [good]) * 20)
-    how = {"train_data": shard, "train_num_samples": 32, "model": TINY}
+    how = {"train_data": shard, "train_num_samples": 32, "model": TINY, "loader": "sequential"}
     status = failed(train(tmp_path, **how))
-    assert "empty caption), more than --max-bad-fraction 0.1" in status["reason"]
+    assert "empty caption), more than --max-bad-fraction 0.01" in status["reason"]
     assert status["reason"].startswith("UserError: ")
 
 
 def test_a_higher_bad_fraction_lets_it_run_and_counts(tmp_path):
     good, empty = caption_sample(0, CLASSES), {"jpg": b"x", "txt": b" "}
     shard = write_shard(tmp_path / "0.tar", ([empty] * 70 + [good]) * 20)
-    ran = train(tmp_path, train_data=shard, train_num_samples=8, max_bad_fraction=1, model=TINY)
+    ran = train(tmp_path, train_data=shard, train_num_samples=8, max_bad_fraction=1, model=TINY,
+                loader="sequential")  # fmt: skip
     assert ran.code == 0
     dropped = json.loads((ran.folder / "params.json").read_text())["dropped"]
     assert set(dropped) == {"empty caption"}
@@ -304,7 +353,13 @@ def test_a_higher_bad_fraction_lets_it_run_and_counts(tmp_path):
 
 def test_a_world_without_one_usable_sample_ends_the_run(tmp_path):
     shard = write_shard(tmp_path / "0.tar", [{"jpg": b"x", "txt": b" "}] * 500)
-    status = failed(train(tmp_path, train_data=shard, max_bad_fraction=1, model=TINY))
+    how = {"train_data": shard, "max_bad_fraction": 1, "model": TINY}
+    status = failed(train(tmp_path, "b", **how))
+    assert (
+        "8 of 8 samples were unusable (8 empty caption), no usable sample in a whole batch"
+        in (status["reason"])
+    )
+    status = failed(train(tmp_path, **how, loader="sequential"))
     assert "no usable sample among 5000 records in a row: 5000 empty caption" in status["reason"]
 
 

@@ -24,7 +24,10 @@ def test_a_checkpoint_holds_step_samples_optimiser_and_random_state_as_plain_typ
     folder = checkpoint_folder(finished().folder, 4)
     assert folder.name == "step_00000004"
     state = torch.load(folder / STATE_FILE, weights_only=True)
-    assert set(state) == {"step", "samples", "dropped", "optimizer", "torch_rng"}
+    assert set(state) == {
+        "step", "samples", "dropped", "k", "optimizer", "random", "args", "seed", "global_batch",
+        "lanes", "window", "manifest", "initial_weights", "read", "skips", "reasons",
+    }  # fmt: skip
     assert (state["step"], state["samples"], state["dropped"]) == (4, 32, 0)
     record = json.loads((folder / "record.json").read_text())
     assert (record["step"], record["samples"]) == (4, 32)
@@ -86,4 +89,8 @@ def test_status_is_replaced_whole(tmp_path):
     status = json.loads((tmp_path / "status.json").read_text())
     assert status.pop("time").endswith("Z")
     assert status == {"state": "failed", "reason": "why\nnot", "retryable": True, "step": 5}
+    write_status(tmp_path, "failed", 6, "another rank's word on the same end")
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 5
+    write_status(tmp_path, "running", 7)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]

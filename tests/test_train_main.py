@@ -20,7 +20,7 @@ from lazyclip.factory import build
 from lazyclip.tower import pooling_of
 from tests.toy import caption_sample, caption_shards, write_shard
 from tests.toy_run import CLASSES, TINY, finished, losses, metrics, small, train, world
-from training import main as entry
+from training.feed import ExactFeed
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGGED = {"step", "samples", "train/loss", "lr", "logit_scale", "samples_per_s", "data_wait",
@@ -70,7 +70,8 @@ def test_a_run_leaves_the_files_of_the_interface():
         "out.log", "params.json", "metrics.jsonl", "status.json",
         *(f"model/{name}" for name in saved),
         *(f"checkpoints/step_0000000{n}/{name}" for n in (4, 7) for name in saved),
-        *(f"checkpoints/step_0000000{n}/train_state.pt" for n in (4, 7)),
+        *(f"checkpoints/step_0000000{n}/{name}" for n in (4, 7)
+          for name in ("train_state.pt", "manifest.json")),
     }  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def test_status_says_finished():
 
 def test_out_log_repeats_what_the_terminal_showed():
     ran = finished()
-    assert (ran.folder / "out.log").read_text() == ran.err
+    assert ran.err.endswith((ran.folder / "out.log").read_text())
     for word in ("versions: ", "model: ", "pooling: last"[:8], "plan: 7 steps", "saved step_0000"):
         assert word in ran.err
 
@@ -161,15 +162,15 @@ def test_zero_shot_top1_equals_a_count_image_by_image():
 def seen(monkeypatch) -> list[list[bytes]]:
     """What each run trains on, batch by batch."""
     runs: list[list[bytes]] = []
-    plain = entry.batches
+    plain = ExactFeed.steps
 
-    def listening(source, loading):
+    def listening(self, start):
         runs.append([])
-        for batch in plain(source, loading):
-            runs[-1].append(batch.images.numpy().tobytes() + batch.texts.numpy().tobytes())
-            yield batch
+        for fed in plain(self, start):
+            runs[-1].append(fed.images.numpy().tobytes() + fed.texts.numpy().tobytes())
+            yield fed
 
-    monkeypatch.setattr(entry, "batches", listening)
+    monkeypatch.setattr(ExactFeed, "steps", listening)
     return runs
 
 
@@ -193,6 +194,26 @@ def test_another_seed_gives_other_weights_and_other_batches(tmp_path, seen):
         train(tmp_path, str(seed), train_data=world(), train_num_samples=8, seed=seed, model=TINY)
     assert losses(tmp_path / "0") != losses(tmp_path / "1")
     assert seen[0] != seen[1]
+
+
+def test_cropped_pictures_travel_as_bytes_and_train_as_floats_do(tmp_path, monkeypatch):
+    kinds = []
+    plain = ExactFeed.steps
+
+    def listening(self, start):
+        for fed in plain(self, start):
+            kinds.append(fed.images.dtype)
+            yield fed
+
+    monkeypatch.setattr(ExactFeed, "steps", listening)
+    fast = train(tmp_path, "fast", train_data=world(), model=TINY)
+    monkeypatch.setattr("training.main.fast_of", lambda transform: None)
+    slow = train(tmp_path, "slow", train_data=world(), model=TINY)
+    assert set(kinds[:4]) == {torch.uint8}
+    assert set(kinds[5:]) == {torch.float32}
+    # Pixels differ by a grey level at most, and so the losses a little.
+    assert losses(fast.folder) == pytest.approx(losses(slow.folder), rel=0.02)
+    assert losses(fast.folder) != losses(slow.folder)
 
 
 @pytest.mark.slow
@@ -259,6 +280,31 @@ def test_gradient_checkpointing_changes_no_digit(tmp_path):
     for name, flags in (("plain", {}), ("spared", {"grad_checkpointing": True})):
         train(tmp_path, name, train_data=world(), train_num_samples=16, model=TINY, **flags)
     assert losses(tmp_path / "plain") == losses(tmp_path / "spared")
+
+
+def test_batches_in_pieces_are_one_batch(tmp_path):
+    how = {"train_data": world(), "model": TINY, "audit": True, "lr": 1e-3}
+    whole = train(tmp_path, "whole", **how)
+    pieces = train(tmp_path, "pieces", **how, batch_size=2, accum_freq=4)
+    assert pieces.code == 0, pieces.err
+    assert losses(pieces.folder) == pytest.approx(losses(whole.folder), rel=1e-4)
+    assert (pieces.folder / "audit.jsonl").read_text() == (whole.folder / "audit.jsonl").read_text()
+    assert "4 steps of 8 samples (2 per rank x 1 x 4 pieces) = 32 samples seen" in pieces.err
+
+
+def test_the_model_is_compiled_when_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(type(self).__name__))
+    train(tmp_path, train_data=world(), model=TINY, torchcompile=True)
+    assert asked == ["CLIP"]
+
+
+def test_checkpoints_by_the_clock_come_between_those_by_steps(tmp_path):
+    ran = train(tmp_path, train_data=world(), model=TINY, save_every_minutes=0, keep=0)
+    names = sorted(p.name for p in (ran.folder / "checkpoints").iterdir())
+    assert names == [f"step_0000000{n}" for n in (1, 2, 3, 4)]
+    again = train(tmp_path, "b", train_data=world(), model=TINY, save_every_minutes=60)
+    assert [p.name for p in (again.folder / "checkpoints").iterdir()] == ["step_00000004"]
 
 
 def test_a_run_goes_on_from_a_saved_model_and_its_pooling(tmp_path):

@@ -69,8 +69,11 @@ def train(logs: Path, name: str = "a", **changes: object) -> Ran:
     out, err = io.StringIO(), io.StringIO()
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with _logging_put_back(), streams[0], streams[1]:
-        code = main(small(logs=logs, name=name, **changes))
-    return Ran(code, out.getvalue(), err.getvalue(), logs / name)
+        try:
+            code = main(small(logs=logs, name=name, **changes))
+        except SystemExit as ended:
+            code = int(ended.code)
+    return Ran(code, out.getvalue(), err.getvalue(), logs / (name or "a"))
 
 
 def metrics(folder: Path) -> list[dict]:

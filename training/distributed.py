@@ -6,9 +6,10 @@ Not here: what is gathered (`objectives`).
 
 import contextlib
 import dataclasses
+import datetime
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lazyclip.base.errors import UserError
+
+# A collective that waits longer ends its rank; the watchdog is meant to speak first.
+TIMEOUT = datetime.timedelta(minutes=30)
+# Waiting for rank 0 while it indexes shards or saves is no fault of anybody's.
+PATIENT = datetime.timedelta(hours=24)
+_PATIENT_GROUP: list[Any] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +86,63 @@ def process_group(place: Place) -> Iterator[None]:
         yield
         return
     backend = "nccl" if place.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world)
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+    _PATIENT_GROUP.append(dist.new_group(backend="gloo", timeout=PATIENT))
     try:
         yield
     finally:
+        _PATIENT_GROUP.clear()
         dist.destroy_process_group()
 
 
+def _patient() -> Any:
+    """Return the group that waits long; the plain one where somebody else opened it."""
+    return _PATIENT_GROUP[-1] if _PATIENT_GROUP else None
+
+
 def from_first(value: Any, place: Place) -> Any:
-    """Return rank 0's value of a plain object on every rank."""
+    """Return rank 0's value of a plain object on every rank; waits as long as rank 0 takes."""
     if place.world == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_patient())
     return box[0]
+
+
+def first_alone(work: Callable[[], Any], place: Place) -> Any:
+    """Do something on rank 0 and return its plain result everywhere.
+
+    Raises:
+        UserError: on every rank, what rank 0 met.
+    """
+    found: tuple[Any, str | None] = (None, None)
+    if place.first:
+        try:
+            found = (work(), None)
+        except UserError as error:
+            found = (None, str(error))
+    value, mistake = from_first(found, place)
+    if mistake is not None:
+        raise UserError(mistake)
+    return value
+
+
+def agree(values: Sequence[float], place: Place) -> list[float]:
+    """Return the sums of some numbers over the ranks, the same on each; one small collective."""
+    if place.world == 1:
+        return list(values)
+    summed = torch.tensor(values, dtype=torch.float64, device=place.device)
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
+def gathered(value: Any, place: Place) -> list[Any]:
+    """Return every rank's plain object, in rank order, on every rank."""
+    if place.world == 1:
+        return [value]
+    parts: list[Any] = [None] * place.world
+    dist.all_gather_object(parts, value, group=_patient())
+    return parts
 
 
 def total(value: Tensor, place: Place) -> Tensor:
@@ -108,9 +158,7 @@ def counted(counter: Counter[str], place: Place) -> Counter[str]:
     """Return the sum of a counter over the ranks."""
     if place.world == 1:
         return counter
-    parts: list[Counter[str]] = [Counter()] * place.world
-    dist.all_gather_object(parts, counter)
-    return sum(parts, Counter())
+    return sum(gathered(counter, place), Counter())
 
 
 def current_rank() -> int:
@@ -140,3 +188,14 @@ def gather(rows: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     return _Gather.apply(rows)
+
+
+def gather_plain(rows: Tensor) -> Tensor:
+    """Gather a tensor of all ranks along its first axis, without gradients."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    # Neither gloo nor NCCL takes bool everywhere.
+    sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows.contiguous()
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, sent)
+    return torch.cat(parts).to(rows.dtype)

@@ -1,6 +1,6 @@
-"""The training loop: one optimiser step, the log line, when to save and to probe.
+"""The training loop: what the ranks agree on at each step, when to save, to probe and to end.
 
-Not here: what is built (`main`), what is written (`state`).
+Not here: what is built (`main`), forward and backward (`step`), what is written (`state`).
 """
 
 import contextlib
@@ -10,58 +10,58 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lazyclip.base.checkpoint import NotWholeError, newest_whole
 from lazyclip.base.errors import UserError
 from lazyclip.base.logs import MetricsWriter
 from lazyclip.factory import ModelInfo
 
-from .data.batches import Batch
-from .data.samples import Dropped
-from .distributed import Place, counted, total
-from .objectives import contrastive_loss
+from .audit import Audit
+from .distributed import Place, agree, counted, first_alone, from_first, gathered
+from .feed import Bad, Fed, Feed, labels, reasons_of
+from .ledger import Ledger
+from .nonfinite import NotFinite, Skips
 from .optim import learning_rate
 from .params import TrainArgs
 from .preflight import Plan
 from .probe import Probe
-from .state import Progressed, save_checkpoint, write_status
+from .report import Curves, Point, Reporter, Window, bearing_a_full_disk
+from .resume import Resumed, read_checkpoint, restore
+from .signals import Asked, Preempted
+from .state import (
+    Progressed,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+    write_status,
+)
+from .step import Towers, backward, gradient_norm
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 MAX_LOGIT_SCALE = math.log(100)
-# The share of unusable records is judged from so many records on.
+# The share of unusable samples is judged from so many read on.
 JUDGE_FROM = 1000
 NAMED = 20
 
 
-class Curves(Protocol):
-    """What TensorBoard's writer offers, as far as it is used."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """File one value of a curve."""
-
-    def close(self) -> None:
-        """Write what is still held back."""
-
-
-@dataclasses.dataclass
-class Window:
-    """What happened since the last log line, on this rank."""
-
-    start: float
-    steps: int = 0
-    waited: float = 0.0
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the loop works on; `folder`, `metrics` and `curves` are rank 0's, else None."""
+    """What the loop works on.
+
+    Fields, beside what their types say: folder, LOGS/NAME on every rank, or None where nothing is
+    kept; metrics and curves, rank 0's, else None; facts, what a checkpoint must repeat; before,
+    scores and losses of the steps before a resumed one.
+    """
 
     args: TrainArgs
     plan: Plan
@@ -71,138 +71,194 @@ class Run:
     wrapped: nn.Module
     info: ModelInfo
     optimizer: torch.optim.Optimizer
-    batches: Iterator[Batch]
+    feed: Feed
     probe: Probe | None
     record: dict[str, Any]
     folder: Path | None
     metrics: MetricsWriter | None
     curves: Curves | None
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    resumed: Resumed | None = None
+    before: tuple[dict[str, Any], ...] = ()
+    asked: Asked = dataclasses.field(default_factory=Asked)
+    watchdog: Watchdog | None = None
 
 
 class Loop:
-    """Trains a `Run` from step 0 to its end."""
+    """Trains a `Run` from where it stands to its end."""
 
     def __init__(self, run: Run) -> None:
-        """Start counting at zero."""
+        """Start counting at zero, or where the resumed checkpoint stood."""
         self.run_ = run
         self.step = 0
         self.dropped: Counter[str] = Counter()
-        self.dropped_everywhere = 0
-        self.top1: list[tuple[int, float]] = []
-        self._losses: list[float] = []
+        self.skips = Skips(run.args.max_nonfinite)
+        self.top1 = [(m["step"], m["probe/top1"]) for m in run.before if "probe/top1" in m]
+        self._named = 0
+        self._fresh: list[Bad] = []
+        self._bad = self._read = 0
+        losses = [m["train/loss"] for m in run.before if m.get("train/loss") is not None]
+        self.reporter = Reporter(run.plan, run.place.world, run.metrics, run.curves, losses)
+        about = (run.info.mean, run.info.std) if run.info else ((), ())
+        self.towers = Towers(
+            run.model, run.wrapped, run.place, run.precision, run.args.accum_freq, *about
+        )
+        self._ledger = Ledger(run.folder, run.place.rank) if run.folder else None
+        self._audit: Audit | None = None
+        if run.args.audit and run.folder:
+            self._audit = Audit(run.folder, run.place, run.feed.names, run.args.audit == "ids")
+        if run.resumed is not None:
+            self._go_on(run.resumed)
+        self._saved_at = time.perf_counter()
+
+    def _go_on(self, resumed: Resumed) -> None:
+        state, place = resumed.state, self.run_.place
+        restore(resumed, self.run_.model, self.run_.optimizer)
+        self.step = resumed.step
+        self._bad, self._read = int(state["dropped"]), int(state["read"])
+        self.skips.restore(state["skips"])
+        if place.first:  # sums over the ranks stay right
+            self.dropped.update(state["reasons"])
+        states = state["random"]
+        if len(states) == place.world:
+            restore_random_states(states[place.rank])
 
     # --- one step --------------------------------------------------------------------------------
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        on = self.run_.precision == "amp_bf16"
-        return torch.autocast(self.run_.place.device.type, torch.bfloat16, enabled=on)
+    def _next_batch(self, batches: Iterator[Fed], window: Window) -> Fed:
+        """Wait for the next batch; samples that could not be used are counted and named."""
+        began = time.perf_counter()
+        fed = next(batches)
+        window.waited += time.perf_counter() - began
+        for bad in fed.bad:
+            self._note(bad)
+        if self._ledger and fed.bad:
+            with bearing_a_full_disk("ledger"):
+                self._ledger.write({"step": self.step + 1, **bad.line()} for bad in fed.bad)
+        if not len(fed.images):
+            raise UserError(
+                f"no usable sample among {len(fed.bad)} records in a row: "
+                f"{reasons_of(self.dropped)}; check the shards of --train-data"
+            )
+        return fed
 
-    def _optimise(self, batch: Batch) -> Tensor:
-        """Take one step; returns this rank's loss, detached."""
+    def _note(self, bad: Bad) -> None:
+        self.dropped[bad.reason] += 1
+        self._named += 1
+        if self._named <= NAMED:
+            log.warning("dropped %s", bad.phrase())
+            self._fresh.append(bad)
+        if self._named == NAMED:
+            log.warning("further dropped samples are counted, not named")
+
+    def _advance(self, fed: Fed) -> tuple[Tensor, bool, bool]:
+        """Take one step, on every rank or on none.
+
+        Returns:
+            This rank's loss; whether somebody asked to end; whether a checkpoint is due by time.
+        """
         run, args = self.run_, self.run_.args
         rate = learning_rate(self.step, steps=run.plan.steps, warmup=run.plan.warmup, peak=args.lr)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        device = run.place.device
-        images = batch.images.to(device, non_blocking=True)
-        texts = batch.texts.to(device, non_blocking=True)
         run.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            out = run.wrapped(images, texts)
-        loss = contrastive_loss(out["image_features"], out["text_features"], out["logit_scale"])
-        loss.backward()
-        if args.grad_clip_norm:
-            nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip_norm)
-        run.optimizer.step()
-        with torch.no_grad():
-            # As in CLIP's own training: a temperature below 0.01 is not stable.
-            run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
-        return loss.detach()
+        loss = backward(self.towers, fed)
+        norm = gradient_norm(run.model, args.grad_clip_norm)
+        finite = bool((loss.isfinite() & norm.isfinite()).item())
+        minutes = args.save_every_minutes
+        due = minutes is not None and time.perf_counter() - self._saved_at >= 60 * minutes
+        hidden = 0 if fed.masked is None else int(fed.masked.sum())
+        asked, broken, saving, bad, read, masked = agree(
+            [bool(run.asked), not finite, due and run.place.first, len(fed.bad), fed.read, hidden],
+            run.place,
+        )
+        self._bad, self._read = self._bad + int(bad), self._read + int(read)
+        if masked == run.plan.global_batch:
+            raise self._unusable("no usable sample in a whole batch")
+        if broken:
+            self._skip(fed)
+        else:
+            run.optimizer.step()
+            with torch.no_grad():
+                # As in CLIP's own training: a temperature below 0.01 is not stable.
+                run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
+            self.skips.fine()
+        if self._audit is not None and fed.ids is not None:
+            with bearing_a_full_disk("audit"):
+                self._audit.write(self.step + 1, fed.ids)
+        return loss, asked > 0, saving > 0
 
-    def _next_batch(self, window: Window) -> Batch:
-        """Wait for the next batch with pictures; records that gave none are counted and named."""
-        began = time.perf_counter()
-        batch = next(self.run_.batches)
-        window.waited += time.perf_counter() - began
-        for record in batch.dropped:
-            self._drop(record)
-        if not len(batch.images):
-            raise UserError(
-                f"no usable sample among {len(batch.dropped)} records in a row: "
-                f"{self._reasons()}; check the shards of --train-data"
-            )
-        return batch
-
-    def _drop(self, record: Dropped) -> None:
-        self.dropped[record.reason] += 1
-        number = self.dropped.total()
-        if number <= NAMED:
-            why = f"{record.reason}: {record.detail}" if record.detail else record.reason
-            log.warning("dropped %s: %s", record.label, why)
-        if number == NAMED:
-            log.warning("further dropped samples are counted, not named")
-        seen = number + (self.step + 1) * self.run_.args.batch_size
+    def _judge(self) -> None:
+        """End the run, on all ranks at once, when too many samples were bad."""
         most = self.run_.args.max_bad_fraction
-        if seen >= JUDGE_FROM and number > most * seen:
-            raise UserError(
-                f"{number} of {seen} samples were unusable ({self._reasons()}), more than "
-                f"--max-bad-fraction {most:g}; mend the shards or raise it"
-            )
+        if self._read >= JUDGE_FROM and self._bad > most * self._read:
+            raise self._unusable(f"more than --max-bad-fraction {most:g}")
 
-    def _reasons(self) -> str:
-        return ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common())
+    def _unusable(self, what: str) -> UserError:
+        """Phrase the end of a run for its bad samples; every rank calls."""
+        reasons = counted(self.dropped, self.run_.place)
+        first = [bad.phrase() for part in gathered(self._fresh, self.run_.place) for bad in part]
+        return UserError(
+            f"{self._bad} of {self._read} samples were unusable ({reasons_of(reasons)}), {what}; "
+            f"mend the shards or raise --max-bad-fraction; first {first[:3]}, all in "
+            "ledger-rank*.jsonl"
+        )
+
+    def _skip(self, fed: Fed) -> None:
+        """Leave a step out whose loss or gradient is not finite; its data are consumed."""
+        number = self.step + 1
+        over = self.skips.skip(number)
+        log.warning(
+            "step %d skipped: its loss or gradient is not finite (%d in all); its samples are in "
+            "the ledger", number, self.skips.total,
+        )  # fmt: skip
+        ids = [] if fed.ids is None else labels(fed.ids, self.run_.feed.names)
+        self._tell({"step": number, "event": "not finite", "ids": ids})
+        if over:
+            self._go_back(number)
+
+    def _go_back(self, number: int) -> None:
+        """Put the last checkpoint's weights back; the data go on behind what was not finite."""
+        run = self.run_
+        allowed = self.skips.go_back()
+
+        def newest() -> str | None:
+            found = newest_whole(run.folder / "checkpoints") if run.folder else None
+            return None if found is None else str(found)
+
+        found = first_alone(newest, run.place) if allowed else None
+        if found is None:
+            why = "no checkpoint to go back to" if allowed else "going back did not help"
+            raise NotFinite(
+                f"{self.skips.most + 1} of the steps up to {number} were not finite, and {why}; "
+                "lower --lr, pass --grad-clip-norm 1.0, or use --precision fp32"
+            )
+        older = read_checkpoint(Path(found))
+        restore(older, run.model, run.optimizer)
+        log.warning(
+            "weights and optimiser of step %d are back; steps %d to %d count for nothing",
+            older.step, older.step + 1, number,
+        )  # fmt: skip
+        self._tell({"step": number, "event": "went back", "to": older.step})
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        if self._ledger:
+            with bearing_a_full_disk("ledger"):
+                self._ledger.write([line])
 
     # --- lines -----------------------------------------------------------------------------------
 
     def _report(self, loss: Tensor, window: Window) -> None:
-        """Write the last step's log line, and its numbers to metrics.jsonl and TensorBoard."""
-        run, plan = self.run_, self.run_.plan
-        numbers = torch.tensor(
-            [float(loss), float(self.dropped.total())], dtype=torch.float64, device=run.place.device
-        )
-        summed = total(numbers, run.place).tolist()
-        mean_loss, self.dropped_everywhere = summed[0] / run.place.world, int(summed[1])
-        if not math.isfinite(mean_loss):
-            raise RuntimeError(
-                f"the loss at step {self.step} is {mean_loss}; nothing is saved; lower --lr, pass "
-                "--grad-clip-norm 1.0, or use --precision fp32"
-            )
+        run = self.run_
+        mean = agree([float(loss)], run.place)[0] / run.place.world
         if not run.place.first:
             return
-        now = time.perf_counter()
-        seconds = max(now - window.start, 1e-9)
-        rate = window.steps * plan.global_batch / seconds
-        samples = self.step * plan.global_batch
-        self._losses.append(mean_loss)
-        average = sum(self._losses) / len(self._losses)
         scale = float(run.model.logit_scale.detach().exp())  # type: ignore[operator]
-        lr = float(run.optimizer.param_groups[0]["lr"])
-        epoch, into = divmod(samples - 1, plan.samples_per_epoch)
-        read = samples + self.dropped_everywhere
-        log.info(
-            "Train Epoch: %d [%d/%d (%.0f%%)] Data (t): %.3f Batch (t): %.3f, %.6g/s, %.6g/s/gpu "
-            "LR: %.6f Logit Scale: %.3f Contrastive_loss: %.4f (%.4f) | wait %.0f%% | dropped %d "
-            "(%.4f%%)",
-            epoch, into + 1, plan.samples_per_epoch, 100 * (into + 1) / plan.samples_per_epoch,
-            window.waited / window.steps, seconds / window.steps, rate, rate / run.place.world,
-            lr, scale, mean_loss, average, 100 * window.waited / seconds,
-            self.dropped_everywhere, 100 * self.dropped_everywhere / read,
+        point = Point(
+            self.step, mean, float(run.optimizer.param_groups[0]["lr"]), scale,
+            time.perf_counter() - window.start, self._bad, self._read, self.skips.total,
         )  # fmt: skip
-        self._file(
-            {
-                "train/loss": mean_loss, "lr": lr, "logit_scale": scale, "samples_per_s": rate,
-                "data_wait": window.waited / seconds, "dropped": self.dropped_everywhere,
-            }
-        )  # fmt: skip
-
-    def _file(self, values: dict[str, float]) -> None:
-        run = self.run_
-        samples = self.step * run.plan.global_batch
-        if run.metrics:
-            run.metrics.write({"step": self.step, "samples": samples, **values})
-        if run.curves:
-            for name, value in values.items():
-                run.curves.add_scalar(name, value, self.step)
+        self.reporter.step(point, window)
 
     def _measure(self) -> None:
         run = self.run_
@@ -215,68 +271,125 @@ class Loop:
                 "Zero-shot step %d: top1 %.1f %% (chance %.1f %%)",
                 self.step, 100 * top1, 100 * run.probe.chance,
             )  # fmt: skip
-            self._file({"probe/top1": top1})
+            self.reporter.file(self.step, {"probe/top1": top1})
 
-    def _save(self) -> None:
+    def _save(self) -> str | None:
+        """Save a checkpoint; returns why it could not be done, None where it was.
+
+        A full disk, or one that gives back other bytes than it took, ends no run.
+        """
         run = self.run_
-        # The loss was finite before this step; a gradient that was not shows in the weights alone.
-        finite = torch.stack([p.detach().isfinite().all() for p in run.model.parameters()])
-        if not bool(finite.all()):
-            raise RuntimeError(
-                f"step {self.step} left weights that are not finite; nothing is saved; lower --lr, "
-                "pass --grad-clip-norm 1.0, or use --precision fp32"
+        if run.folder is None:
+            return None
+        if self.skips.streak:
+            log.warning("no checkpoint at step %d: the last step was not finite", self.step)
+            return "the last step was not finite"
+        done = Progressed(
+            self.step, self.step * run.plan.global_batch, self._bad,
+            run.feed.samples_per_lane(self.step),
+        )  # fmt: skip
+        more = {
+            **run.facts, "read": self._read, "skips": self.skips.state(),
+            "reasons": dict(counted(self.dropped, run.place)),
+            "random": gathered(random_states(), run.place),
+        }  # fmt: skip
+        failed = None
+        if run.place.first:
+            failed = self._write(run.folder, done, more)
+        failed = from_first(failed, run.place)
+        self._saved_at = time.perf_counter()
+        return failed
+
+    def _write(self, folder: Path, done: Progressed, more: dict[str, Any]) -> str | None:
+        run = self.run_
+        try:
+            saved = save_checkpoint(
+                folder, done, run.model, run.info, run.optimizer, run.record, more, run.args.keep
             )
-        done = Progressed(self.step, self.step * run.plan.global_batch, self.dropped_everywhere)
-        if run.folder is not None:
-            folder = save_checkpoint(
-                run.folder, done, run.model, run.info, run.optimizer, run.record
+            write_status(folder, "running", self.step)
+        except (OSError, NotWholeError, RuntimeError, SafetensorError) as error:
+            # torch.save and safetensors have errors of their own for a full disk.
+            log.warning(
+                "no checkpoint at step %d: %s; make room, the run goes on", self.step, error
             )
-            write_status(run.folder, "running", self.step)
-            log.info("saved %s", folder.name)
+            return str(error)
+        log.info("saved %s", saved.name)
+        return None
 
     def close(self) -> None:
         """Close the run's files; what TensorBoard holds back is written."""
-        for writer in (self.run_.metrics, self.run_.curves):
-            if writer is not None:
-                writer.close()
+        self.reporter.close()
+        if self._audit is not None:
+            with bearing_a_full_disk("audit"):
+                self._audit.close()
+
+    def _tick(self, done: bool = False) -> None:
+        if self.run_.watchdog is not None:
+            self.run_.watchdog.tick(self.step if done else None)
 
     # --- the run ---------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train to the end of the plan; the last step is logged, saved and probed.
 
-        Afterwards `dropped` counts all ranks' records.
+        Afterwards `dropped` counts all ranks' samples.
 
         Raises:
             UserError: too many unusable samples.
-            RuntimeError: a loss or weights that are not finite.
+            NotFinite: steps that are not finite, in spite of older weights.
+            Preempted: somebody asked to end; a checkpoint is saved, or it was said why not.
         """
-        run, plan, args = self.run_, self.run_.plan, self.run_.args
-        self._measure()
+        run, plan = self.run_, self.run_.plan
+        scored = from_first([step for step, _ in self.top1], run.place)
+        if self.step not in scored and (not self.step or self._probe_due()):
+            self._measure()
         run.wrapped.train()
         bar_on = run.place.first and sys.stderr.isatty()
         with (
             logging_redirect_tqdm(),
-            tqdm(total=plan.steps, disable=not bar_on, unit="step") as bar,
+            contextlib.closing(run.feed.steps(self.step)) as batches,
+            tqdm(total=plan.steps, initial=self.step, disable=not bar_on, unit="step") as bar,
         ):
             window = Window(time.perf_counter())
             while self.step < plan.steps:
-                loss = self._optimise(self._next_batch(window))
+                fed = self._next_batch(batches, window)
+                loss, asked, due = self._advance(fed)
                 self.step += 1
                 window.steps += 1
                 bar.update()
-                last = self.step == plan.steps
-                paused = False
-                save = last or self.step % plan.save_every == 0
-                if last or save or self.step == 1 or self.step % args.log_every_n_steps == 0:
-                    self._report(loss, window)
-                    window = Window(time.perf_counter())
-                if save:
-                    self._save()
-                    paused = True
-                if run.probe and (last or self.step % plan.probe_every == 0):
-                    self._measure()
-                    paused = True
-                if paused:
+                self._tick(done=True)
+                self._judge()
+                if self._finish_step(loss, window, asked, due):
                     window = Window(time.perf_counter())
         self.dropped = counted(self.dropped, run.place)
+
+    def _probe_due(self) -> bool:
+        plan = self.run_.plan
+        return self.step == plan.steps or self.step % plan.probe_every == 0
+
+    def _finish_step(self, loss: Tensor, window: Window, asked: bool, due: bool) -> bool:
+        """Report, probe and save where it is time; tells whether a new window begins."""
+        run, plan = self.run_, self.run_.plan
+        last = self.step == plan.steps
+        asked = asked and not last
+        save = last or asked or due or self.step % plan.save_every == 0
+        report = save or self.step == 1 or self.step % run.args.log_every_n_steps == 0
+        if report:
+            self._report(loss, window)
+        probed = run.probe is not None and not asked and self._probe_due()
+        if last and self.skips.streak > 1:
+            raise NotFinite(
+                f"the last {self.skips.streak} steps up to {self.step} were not finite; nothing "
+                "more is saved; lower --lr, pass --grad-clip-norm 1.0, or use --precision fp32"
+            )
+        # A checkpoint comes after all that is said of its step, so that nothing of it is missing
+        # when the run goes on from there.
+        if probed:
+            self._measure()
+        if save:
+            self._tick()
+            failed = self._save()
+            self._tick()
+            if asked:
+                raise Preempted(f"not saved: {failed}" if failed else "saved")
+        return report or probed

@@ -16,6 +16,8 @@ from lazyclip.base.errors import UserError, nearest
 from lazyclip.base.resources import config_file
 from lazyclip.poolflags import POOL_FLAGS
 
+from .foreign import FOREIGN, FOREIGN_VALUES
+
 EXAMPLE = (
     "python -m training.main --model LaSt-ViT-B-16 --pretrained openai "
     '--train-data "laion/{00000..00099}.tar"'
@@ -45,7 +47,23 @@ class TrainArgs:
         "webdataset",
         choices=("webdataset", "auto"),
     )
-    dataset_resampled: bool = _flag("data", "draw shards with replacement", False)
+    loader: str = _flag(
+        "data", "exact (each sample once in a pass, resumable) or sequential (streams)", "exact",
+        choices=("exact", "sequential"),
+    )  # fmt: skip
+    manifest: str | None = _flag("data", "file of the shards' index (default: beside the shards)")
+    lanes: int | None = _flag(
+        "data", "streams the data are cut into (default: the most up to 384 that fit)"
+    )
+    filter: tuple[str, ...] = _flag(
+        "data", "condition on the json or parquet, such as similarity>=0.3; may come again", ()
+    )
+    train_data_upsampling_factors: str | None = _flag(
+        "data", "such as 2::1: how often each source counts in a pass"
+    )
+    dataset_resampled: bool = _flag(
+        "data", "draw shards with replacement (sequential loader)", False
+    )
     val_data: str | None = _flag("data", "shards with classes, for zero-shot top-1 while training")
     val_num_samples: int | None = _flag("data", "images of --val-data to score (default: all)")
     classes: str | None = _flag("data", "class names of --val-data: a file or a comma list")
@@ -53,7 +71,7 @@ class TrainArgs:
         "data", "prompts: openai, simple, plain, or a file of {} lines", "openai"
     )
     workers: int = _flag("data", "loader processes per rank; 0 loads in the trainer", 4)
-    max_bad_fraction: float = _flag("data", "share of unusable samples at which the run stops", 0.1)
+    max_bad_fraction: float = _flag("data", "share of bad samples at which the run stops", 0.01)
     augment: bool = _flag("data", "random resized crop", True)
     model: str = _flag("model", "a model name, or a saved model's folder", "LaSt-ViT-B-16")
     pretrained: str | None = _flag("model", "a tag, a weight file, or a saved model's folder")
@@ -63,7 +81,9 @@ class TrainArgs:
     lock_image_unlocked_groups: int = _flag("model", "layer groups at its end left trainable", 0)
     lock_text: bool = _flag("model", "freeze the text tower", False)
     grad_checkpointing: bool = _flag("model", "trade time for memory", False)
+    torchcompile: bool = _flag("model", "compile the towers with torch.compile", False)
     batch_size: int = _flag("optimisation", "samples per GPU (rank) and step", 64)
+    accum_freq: int = _flag("optimisation", "such batches in one step, as one large batch", 1)
     epochs: int = _flag("optimisation", "passes of --train-num-samples", 32)
     lr: float = _flag("optimisation", "peak learning rate", 5e-4)
     beta1: float = _flag("optimisation", "Adam beta 1", 0.9)
@@ -78,6 +98,9 @@ class TrainArgs:
         "optimisation", "amp_bf16 or fp32 (default: amp_bf16 on CUDA, fp32 on CPU)",
         choices=("amp_bf16", "fp32"),
     )  # fmt: skip
+    max_nonfinite: int = _flag(
+        "optimisation", "steps in 100 that may be skipped as not finite before going back", 10
+    )
     local_loss: bool = _flag("optimisation", "accepted: always done", False)
     gather_with_grad: bool = _flag("optimisation", "accepted: always done", False)
     seed: int = _flag("run", "of weights, order and augmentation", 0)
@@ -86,6 +109,16 @@ class TrainArgs:
     )
     name: str | None = _flag("run", "of the run (default: model and start time)")
     save_every: int | None = _flag("run", "steps between checkpoints (default: one epoch)")
+    save_every_minutes: float | None = _flag("run", "minutes between further checkpoints")
+    keep: int = _flag("run", "newest checkpoints kept, beside each 10,000th step; 0 keeps all", 3)
+    resume: str | None = _flag("run", "latest (of --name), or a checkpoint's folder")
+    audit: str | None = _flag(
+        "run", "write a digest of each step's samples; `ids`: the samples too",
+        choices=("digest", "ids"), bare="digest",
+    )  # fmt: skip
+    watchdog_minutes: float = _flag(
+        "run", "minutes without a step until a hung run is ended; 0: never", 10.0
+    )
     log_every_n_steps: int = _flag("run", "steps between log lines", 10)
     probe_every: int | None = _flag(
         "run", "steps between zero-shot scores, with --val-data (default: one epoch)"
@@ -107,86 +140,11 @@ class TrainArgs:
 
 
 class Parsed(NamedTuple):
-    """The settings, and which keys of the recipe a flag overrode."""
+    """The settings; which keys of the recipe a flag overrode; what recipe and flags gave."""
 
     args: TrainArgs
     overrode: tuple[str, ...]
-
-
-# What open_clip's trainer has and this one spells otherwise or does not do, with the way out.
-FOREIGN = {
-    "resume": "a run starts at step 0; start from its weights with --pretrained LOGS/NAME/model",
-    "accum-freq": "use a larger --batch-size, or more GPUs",
-    "save-frequency": "use --save-every N (steps)",
-    "zeroshot-frequency": "use --probe-every N (steps)",
-    "val-frequency": "use --probe-every N (steps)",
-    "imagenet-val": "use --val-data SHARDS --classes FILE",
-    "imagenet-v2": "use --val-data SHARDS --classes FILE",
-    "aug-cfg": "use --no-augment to switch the random crop off",
-    "lr-scheduler": "the schedule is linear warm-up and cosine; leave it out",
-    "opt": "the optimiser is AdamW; leave it out",
-    "torchcompile": "not done by this trainer; leave it out",
-    "siglip": "the loss is the softmax contrastive one; leave it out",
-    "save-most-recent": "every checkpoint is kept; leave it out",
-    "delete-previous-checkpoint": "every checkpoint is kept; leave it out",
-    "dist-backend": "NCCL on CUDA, gloo on the CPU; leave it out",
-    "dist-url": "torchrun sets it; leave it out",
-    "image-mean": "they come with the weights or the model; leave it out",
-    "image-std": "they come with the weights or the model; leave it out",
-    "wandb-project-name": "use --report-to tensorboard",
-    "force-patch-dropout": "set vision_cfg.patch_dropout in a model config",
-    "debug": "set LAZYCLIP_TRACEBACK=1 to see tracebacks",
-    "train-data-upsampling-factors": "name a source twice, as in A::A::B",
-    "csv-img-key": "shards of the webdataset form are the only input; leave it out",
-    "csv-caption-key": "shards of the webdataset form are the only input; leave it out",
-    "csv-separator": "shards of the webdataset form are the only input; leave it out",
-    "pretrained-image": "use --pretrained for the whole model",
-    "lock-image-freeze-bn-stats": "a ViT has no batch norm; leave it out",
-    "lock-text-unlocked-layers": "--lock-text freezes the whole tower",
-    "lock-text-freeze-layer-norm": "--lock-text freezes the whole tower; leave it out",
-    "image-interpolation": "it comes with the weights or the model; leave it out",
-    "image-resize-mode": "it comes with the weights or the model; leave it out",
-    "force-custom-text": "set custom_text in a model config",
-    "force-context-length": "set text_cfg.context_length in a model config",
-    "epochs-cooldown": "the schedule is linear warm-up and cosine; leave it out",
-    "lr-cooldown-end": "the schedule is linear warm-up and cosine; leave it out",
-    "lr-cooldown-power": "the schedule is linear warm-up and cosine; leave it out",
-    "skip-scheduler": "the schedule is linear warm-up and cosine; leave it out",
-    "momentum": "the optimiser is AdamW; use --beta1",
-    "coca-caption-loss-weight": "the loss is the softmax contrastive one; leave it out",
-    "coca-contrastive-loss-weight": "the loss is the softmax contrastive one; leave it out",
-    "distill-model": "not done by this trainer; leave it out",
-    "distill-pretrained": "not done by this trainer; leave it out",
-    "loss-dist-impl": "the features are gathered with gradient; leave it out",
-    "torchscript": "not done by this trainer; leave it out",
-    "trace": "not done by this trainer; leave it out",
-    "use-bn-sync": "a ViT has no batch norm; leave it out",
-    "use-bnb-linear": "not done by this trainer; leave it out",
-    "ddp-static-graph": "not needed; leave it out",
-    "no-set-device-rank": "each rank takes the GPU of its number; leave it out",
-    "horovod": "start the ranks with torchrun; leave it out",
-    "cache-dir": "weights come from the hub's cache; set HF_HOME",
-    "copy-codebase": "params.json holds the commit; leave it out",
-    "log-local": "rank 0 writes the log; leave it out",
-    "remote-sync": "sync LOGS/NAME by a command of your own; leave it out",
-    "remote-sync-frequency": "sync LOGS/NAME by a command of your own; leave it out",
-    "remote-sync-protocol": "sync LOGS/NAME by a command of your own; leave it out",
-    "wandb-notes": "use --report-to tensorboard",
-}
-
-
-# Values of open_clip's trainer that this one does not take, with the way out.
-FOREIGN_VALUES = {
-    ("precision", "amp"): "float16 is not offered; use amp_bf16 or fp32",
-    ("precision", "amp_bfloat16"): "write amp_bf16",
-    ("precision", "fp16"): "float16 is not offered; use amp_bf16 or fp32",
-    ("precision", "bf16"): "weights stay in float32 here; use amp_bf16",
-    ("precision", "pure_bf16"): "weights stay in float32 here; use amp_bf16",
-    ("dataset_type", "csv"): "pack KEY.jpg and KEY.txt into tars and pass them as --train-data",
-    ("dataset_type", "synthetic"): "make shards of any pictures and pass them as --train-data",
-    ("report_to", "wandb"): "use tensorboard; metrics.jsonl has the same numbers",
-    ("report_to", "all"): "use tensorboard; metrics.jsonl has the same numbers",
-}
+    given: dict[str, object]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -229,11 +187,17 @@ def make_parser() -> argparse.ArgumentParser:
             action: Any = argparse.BooleanOptionalAction if field.default else "store_true"
             groups[group].add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
             continue
+        more: dict[str, Any] = {}
+        if field.default == ():
+            more, shown = {"action": "append"}, ""
+        elif "bare" in field.metadata:
+            more = {"nargs": "?", "const": field.metadata["bare"]}
         groups[group].add_argument(
             flag,
             type=_value_type(field),
             default=argparse.SUPPRESS,
             help=text.replace("%", "%%") + shown,
+            **more,
         )
     return parser
 
@@ -260,6 +224,11 @@ def _recipe_file(name: str) -> Path:
 def _check_value(key: str, value: object, where: Path) -> object:
     """Check a recipe's value against its field's type; a whole number may stand for a float."""
     field = _fields()[key]
+    if field.default == ():
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f"{where}: {key} is {value!r}; expected a list of texts")
+        return tuple(words)
     kind = bool if isinstance(field.default, bool) else _value_type(field)
     if kind is str and key.startswith("last_"):
         return str(value)
@@ -312,11 +281,14 @@ def parse(argv: Sequence[str] | None) -> Parsed:
     if rest:
         _refuse_unknown(rest)
     flags = vars(given)
+    if "filter" in flags:
+        flags["filter"] = tuple(flags["filter"])
     recipe = read_recipe(str(flags["config"])) if "config" in flags else {}
     overrode = tuple(k for k in recipe if k in flags and flags[k] != recipe[k])
-    args = TrainArgs(**{**recipe, **flags})
-    _check_ranges(args)
-    return Parsed(args, overrode)
+    merged = {**recipe, **flags}
+    args = TrainArgs(**merged)
+    check_ranges(args)
+    return Parsed(args, overrode, merged)
 
 
 def _check_choices(args: TrainArgs) -> None:
@@ -332,13 +304,15 @@ def _check_choices(args: TrainArgs) -> None:
                 raise UserError(f"{flag} is not known; {nearest(word, choices)}")
 
 
-def _check_ranges(args: TrainArgs) -> None:
+def check_ranges(args: TrainArgs) -> None:
+    """Check each setting by itself; raises `UserError` with the flag and what it takes."""
     _check_choices(args)
     least = {
         "batch_size": 1, "epochs": 1, "workers": 0, "log_every_n_steps": 1, "save_every": 1,
         "probe_every": 1, "warmup": 0, "train_num_samples": 1, "val_num_samples": 1, "threads": 1,
         "force_image_size": 1, "lr": 0.0, "wd": 0.0, "eps": 0.0, "max_bad_fraction": 0.0,
-        "lock_image_unlocked_groups": 0, "grad_clip_norm": 0.0,
+        "lock_image_unlocked_groups": 0, "grad_clip_norm": 0.0, "lanes": 1, "accum_freq": 1,
+        "keep": 0, "save_every_minutes": 0.0, "watchdog_minutes": 0.0, "max_nonfinite": 1,
     }  # fmt: skip
     for key, low in least.items():
         value = getattr(args, key)

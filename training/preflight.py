@@ -8,6 +8,7 @@ import datetime
 import importlib.util
 import itertools
 import math
+import os
 import re
 from pathlib import Path
 
@@ -18,8 +19,14 @@ from lazyclip.factory import ModelInfo
 from lazyclip.shards import class_index_of, expand, iterate_samples
 from lazyclip.zeroshot import ClassList, read_classes, templates
 
+from .data.chunks import Reader
+from .data.exact import Exact
+from .data.manifest import report
+from .data.order import check_lanes, lanes_for
+from .data.prepare import Wanted, prepare
 from .data.sources import LOOK_AT, Source, open_source
-from .distributed import Place
+from .data.survey import How
+from .distributed import Place, first_alone
 from .optim import default_warmup
 from .params import EXAMPLE, TrainArgs
 
@@ -51,18 +58,42 @@ class ValData:
     templates: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Fields: samples of a pass (or what stands for one); source of the streaming loader, or exact,
+    one of them; lines about it for the banner.
+    """
+
+    samples: int
+    source: Source | None
+    exact: Exact | None
+    lines: tuple[str, ...] = ()
+
+
 def check_name(args: TrainArgs) -> None:
-    """Check that a named run does not exist yet.
+    """Check that a named run does not exist yet, or is to be resumed.
 
     Raises:
-        UserError: LOGS/NAME is there, or the name is no folder name.
+        UserError: LOGS/NAME is in use, or the name is no folder name.
     """
     if args.name is None:
         return
     if not re.fullmatch(r"[\w.,=+-]+", args.name):
         raise UserError(f"--name {args.name} is no folder name; use letters, digits and ._,=+-")
-    if (Path(args.logs) / args.name).exists():
-        raise UserError(f"{Path(args.logs) / args.name} exists; give another --name or --logs")
+    folder = Path(args.logs) / args.name
+    if args.resume is None and in_use(folder):
+        raise UserError(
+            f"{folder} exists; go on with it by --resume latest, or give another --name or --logs"
+        )
+
+
+def in_use(folder: Path) -> bool:
+    """Tell whether a run's folder holds anything but an index of shards."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not p.name.startswith(("manifest-", "unpacked")) for p in folder.iterdir())
 
 
 def has_tensorboard() -> bool:
@@ -82,14 +113,58 @@ def default_name(args: TrainArgs) -> str:
     return f"{Path(args.model).name or 'model'}-{stamp}"
 
 
-def check_data(args: TrainArgs, place: Place) -> Source:
-    """Find and check the training shards; see `data.sources.open_source`."""
+def check_data(args: TrainArgs, place: Place) -> Data:
+    """Find and check the training shards; the exact loader's are indexed where they were not."""
     if not args.train_data:
         raise UserError(f"--train-data is missing; an example: {EXAMPLE}")
+    if args.loader == "exact":
+        if args.dataset_resampled:
+            raise UserError("--dataset-resampled has no passes; add --loader sequential")
+        return _exact_data(args, place)
+    for flag in ("lanes", "manifest", "filter", "audit", "resume"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag} needs the exact loader; leave --loader sequential out")
     lanes = place.world * max(args.workers, 1)
-    return open_source(
-        args.train_data, args.train_num_samples, args.dataset_resampled, lanes, args.workers
-    )
+    source = open_source(
+        args.train_data, args.train_num_samples, args.dataset_resampled, lanes, args.workers,
+        args.train_data_upsampling_factors,
+    )  # fmt: skip
+    drawn = ", drawn with replacement" if source.resampled else ""
+    return Data(
+        source.samples, source, None,
+        (f"sequential loader, {len(source.shards)} shards, {len(source.shards) / lanes:.1f} shards "
+         f"per loader process{drawn}; such a run cannot be resumed",),
+    )  # fmt: skip
+
+
+def _exact_data(args: TrainArgs, place: Place) -> Data:
+    total = global_batch(args, place)
+    lanes = args.lanes or lanes_for(total, place.world)
+    check_lanes(total, lanes, place.world)
+    wanted = Wanted(
+        str(args.train_data), Path(args.logs) / (args.name or "manifests"),
+        args.train_data_upsampling_factors, args.filter,
+        Path(args.manifest) if args.manifest else None,
+        How(processes=min(8, os.cpu_count() or 1)),
+    )  # fmt: skip
+    # Rank 0 builds what is missing; then everybody finds it.
+    first_alone(lambda: prepare(wanted).manifest.samples, place)
+    prepared = prepare(wanted)
+    manifest = prepared.manifest
+    exact = Exact(Reader(manifest, prepared.shards), lanes)
+    order = exact.order(args.seed)
+    lines = [
+        f"exact loader, {report(manifest)[0]}",
+        f"order: {lanes} lanes, windows of at most {exact.window_bytes(place.world) / 2**20:,.0f} "
+        "MiB per rank",
+        *report(manifest)[1:],
+    ]
+    return Data(args.train_num_samples or order.samples, None, exact, tuple(lines))
+
+
+def global_batch(args: TrainArgs, place: Place) -> int:
+    """Return the samples of a step, all ranks together."""
+    return args.batch_size * args.accum_freq * place.world
 
 
 def check_val(args: TrainArgs) -> ValData | None:
@@ -148,15 +223,15 @@ def check_size(args: TrainArgs, info: ModelInfo) -> None:
         )
 
 
-def make_plan(args: TrainArgs, source: Source, place: Place) -> Plan:
-    """Count the steps of a run.
+def make_plan(args: TrainArgs, samples: int, place: Place) -> Plan:
+    """Count the steps of a run of `samples` in an epoch.
 
     Raises:
         UserError: a warm-up longer than the run.
     """
-    global_batch = args.batch_size * place.world
-    per_epoch = math.ceil(source.samples / global_batch)
-    steps = math.ceil(args.epochs * source.samples / global_batch)
+    total = global_batch(args, place)
+    per_epoch = math.ceil(samples / total)
+    steps = math.ceil(args.epochs * samples / total)
     warmup = default_warmup(steps) if args.warmup is None else args.warmup
     if warmup > steps:
         raise UserError(
@@ -165,8 +240,8 @@ def make_plan(args: TrainArgs, source: Source, place: Place) -> Plan:
             f"--warmup {default_warmup(steps)} or more --epochs"
         )
     return Plan(
-        samples_per_epoch=source.samples,
-        global_batch=global_batch,
+        samples_per_epoch=samples,
+        global_batch=total,
         steps=steps,
         steps_per_epoch=per_epoch,
         warmup=warmup,
@@ -178,21 +253,20 @@ def make_plan(args: TrainArgs, source: Source, place: Place) -> Plan:
 def describe(
     args: TrainArgs,
     overrode: tuple[str, ...],
-    source: Source,
+    data: Data,
     plan: Plan,
     info: ModelInfo,
     place: Place,
     precision: str,
     trainable: int,
 ) -> list[str]:
-    """Phrase the banner: versions, code, device, model, data, plan; one line each."""  # fmt: skip
+    """Phrase the banner: versions, code, device, model, data, plan; one line each."""
     known, git = versions(), git_state()
     shown = {**info.pooling}
     if shown["sigma"] is None:
         shown["sigma"] = "sqrt(D)"
     pooling = ", ".join(f"{key} {value}" for key, value in shown.items())
     ranks = f"{place.world} rank" + ("s" if place.world > 1 else "")
-    lanes = place.world * max(args.workers, 1)
     held = args.pretrained or ("its own" if info.weights_sha256 else "random")
     lines = [
         "versions: " + ", ".join(f"{name} {version}" for name, version in known.items()),
@@ -203,15 +277,29 @@ def describe(
         f"parameters ({trainable:,} trained), activation {info.activation}, image "
         f"{info.image_size[0]} x {info.image_size[1]} px, {info.grid[0]} x {info.grid[1]} patches",
         f"pooling: {pooling}",
-        f"data: {len(source.shards)} shards, {plan.samples_per_epoch:,} samples in an epoch, "
-        f"{len(source.shards) / lanes:.1f} shards per loader process"
-        + (", drawn with replacement" if source.resampled else ""),
-        f"plan: {plan.steps:,} steps of {plan.global_batch} samples ({args.batch_size} per rank x "
-        f"{place.world}) = {plan.samples:,} samples seen; warm-up {plan.warmup} steps "
-        f"({100 * plan.warmup / plan.steps:.1f} %); lr {args.lr:g}, weight decay {args.wd:g}; "
-        f"checkpoint every {plan.save_every} steps",
+        *_data_lines(data, plan),
+        _plan_line(args, plan, place),
     ]
     if args.config:
         flags = ", ".join("--" + key.replace("_", "-") for key in overrode)
         lines.append(f"recipe: {Path(args.config).name}; overridden by flags: {flags or 'nothing'}")
     return lines
+
+
+def _data_lines(data: Data, plan: Plan) -> list[str]:
+    if data.exact is None:
+        passes = f"{plan.samples / data.samples:.2f} epochs"
+    else:
+        passes = f"{plan.samples / data.exact.reader.manifest.samples:.2f} passes"
+    first = f"data: {plan.samples_per_epoch:,} samples in an epoch, {passes}; {data.lines[0]}"
+    return [first, *(f"data: {line}" for line in data.lines[1:])]
+
+
+def _plan_line(args: TrainArgs, plan: Plan, place: Place) -> str:
+    pieces = f" x {args.accum_freq} pieces" if args.accum_freq > 1 else ""
+    return (
+        f"plan: {plan.steps:,} steps of {plan.global_batch} samples ({args.batch_size} per rank x "
+        f"{place.world}{pieces}) = {plan.samples:,} samples seen; warm-up {plan.warmup} steps "
+        f"({100 * plan.warmup / plan.steps:.1f} %); lr {args.lr:g}, weight decay {args.wd:g}; "
+        f"checkpoint every {plan.save_every} steps"
+    )

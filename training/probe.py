@@ -33,6 +33,7 @@ class Probe:
         place: Place,
         batch_size: int,
         limit: int | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """Keep what scoring needs.
 
@@ -43,9 +44,11 @@ class Probe:
             place: each rank scores its share.
             batch_size: images in one pass.
             limit: score the first so many images, None for all.
+            alive: called for each batch of images.
         """
         self.val, self.transform, self.tokenizer = val, transform, tokenizer
         self.place, self.batch_size, self.limit = place, batch_size, limit
+        self.alive = alive
 
     @property
     def chance(self) -> float:
@@ -104,6 +107,7 @@ class Probe:
             logits = class_logits(features, queries, classes.query_class, len(classes))
             counts[0] += topk_correct(logits, targets.to(device), (1,))[1]
             counts[1] += len(targets)
+            self.alive()
         counts[2] = passed.total()
         model.train(was_training)
         correct, seen, lost = total(counts, self.place).tolist()

@@ -1,12 +1,16 @@
 """What a run leaves on disk: checkpoints, each whole or not at all, and status.json.
 
-A checkpoint holds the model as a folder that open_clip reads and, beside it, what going on would
-need: optimiser, step, random state. Plain types only. Not here: reading one back.
+A checkpoint holds the model as a folder that open_clip reads and, beside it, everything else that
+going on needs: optimiser, step, data state, random states, settings. Plain types only. Not here:
+reading one back (`resume`).
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
-import shutil
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,26 +18,65 @@ from typing import Any
 import torch
 from torch import nn
 
+from lazyclip.base import checkpoint
 from lazyclip.base.config import write_json
 from lazyclip.base.record import utc_now
 from lazyclip.export import save_model
 from lazyclip.factory import ModelInfo
 
 STATE_FILE = "train_state.pt"
+# Beside the newest ones, every so many steps a checkpoint stays for good.
+KEPT_EVERY = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Progressed:
-    """How far a run is: optimiser steps done, samples seen, records dropped (all ranks)."""
+    """How far a run is, all ranks together.
+
+    Fields: optimiser steps done; samples seen; dropped, samples that could not be used; k, samples
+    of each lane that were consumed.
+    """
 
     step: int
     samples: int
     dropped: int
+    k: int = 0
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Return where the checkpoint of a step lies: `checkpoints/step_00000100`."""
     return run / "checkpoints" / f"step_{step:08d}"
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of this process's random number generators, as plain types.
+
+    numpy's global one is left out: nothing here draws from it.
+    """
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Put the generators into states that `random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, inside, gauss = states["python"]
+    random.setstate((version, tuple(inside), gauss))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                      if value.dim() else repr(value.item()).encode())  # fmt: skip
+    return digest.hexdigest()
 
 
 def save_checkpoint(
@@ -43,8 +86,10 @@ def save_checkpoint(
     info: ModelInfo,
     optimizer: torch.optim.Optimizer,
     record: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+    keep: int = 0,
 ) -> Path:
-    """Save a checkpoint; it appears under its name when it is complete.
+    """Save a checkpoint and verify it; it appears under its name when it is complete.
 
     Args:
         run: LOGS/NAME.
@@ -53,35 +98,49 @@ def save_checkpoint(
         info: of the model.
         optimizer: of the run.
         record: of the run.
+        more: plain things that going on needs too.
+        keep: older checkpoints than so many newest go, now that this one is whole; 0 keeps all.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+        NotWholeError: what was read back is not what was written.
     """
     folder = checkpoint_folder(run, done.step)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    save_model(model, info, part, {**record, **dataclasses.asdict(done), "saved": utc_now()})
-    state = {
-        **dataclasses.asdict(done),
-        "optimizer": optimizer.state_dict(),
-        "torch_rng": torch.get_rng_state(),
-    }
-    with (part / STATE_FILE).open("wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(folder)
+    with checkpoint.writing(folder) as part:
+        save_model(model, info, part, {**record, **dataclasses.asdict(done), "saved": utc_now()})
+        state = {
+            **dataclasses.asdict(done), **(more or {}),
+            "optimizer": optimizer.state_dict(),
+        }  # fmt: skip
+        with (part / STATE_FILE).open("wb") as stream:
+            torch.save(state, stream)
+    checkpoint.prune(folder.parent, keep, KEPT_EVERY, spare=(folder,))
     return folder
 
 
 def write_status(
     run: Path, state: str, step: int, reason: str | None = None, retryable: bool = False
 ) -> None:
-    """Write status.json: `running`, `finished` or `failed`, why, and at which step."""
-    write_json(
-        run / "status.json",
-        {
-            "state": state, "reason": reason, "retryable": retryable, "step": step,
-            "time": utc_now(),
-        },
-    )  # fmt: skip
+    """Write status.json: `running`, `preempted`, `finished` or `failed`, why, and at which step.
+
+    A run fails for one reason: what a second rank has to say of the same failure is left out.
+    """
+    file = run / "status.json"
+    if state == "failed":
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(file.read_text(encoding="utf-8"))
+            if before.get("state") == "failed":
+                return
+    about = {
+        "state": state, "reason": reason, "retryable": retryable, "step": step, "time": utc_now(),
+    }  # fmt: skip
+    # Several ranks may write at once: each by a file of its own.
+    mine = run / f"status.{os.getpid()}.json"
+    try:
+        write_json(mine, about)
+        mine.replace(file)
+    finally:
+        mine.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from lazyclip.base.resources import PACKAGE, checkout_root
 # command -> (module below training or eval, what it does)
 COMMANDS = {
     "train": ("training.main", "train from webdataset shards"),
+    "index": ("training.index", "index training shards and say what is odd about them"),
+    "audit": ("training.audit", "compare the samples that two runs were trained on"),
     "seg": ("eval.zeroshot_seg", "score zero-shot segmentation"),
     "cls": ("eval.zeroshot_cls", "score zero-shot classification"),
     "point-in-box": ("eval.point_in_box", "score Patch Score and Point-in-Box"),
@@ -55,3 +57,6 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 main = cli(run)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import webdataset
-from PIL import Image
 from torch import Tensor
 
 from lazyclip.shards import Sample
 
+from .children import settle
 from .samples import Dropped, Pair, decode, read_shard
 from .sources import Source, Turn
 
@@ -49,13 +49,13 @@ class Batch:
 class Loading:
     """How a rank loads.
 
-    Fields: batch_size per rank; transform PIL -> 3 x H x W; tokenizer texts -> B x context; rank
-    and world; workers, loader processes of this rank (0: in place); pin the loader processes'
+    Fields: batch_size per rank; transform picture -> 3 x H x W; tokenizer texts -> B x context;
+    rank and world; workers, loader processes of this rank (0: in place); pin the loader processes'
     batches for copies to a GPU.
     """
 
     batch_size: int
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     seed: int
     rank: int
@@ -166,5 +166,5 @@ def batches(source: Source, loading: Loading) -> Iterator[Batch]:
     # A generator of its own: DataLoader would draw its workers' seeds from the global one.
     options["generator"] = torch.Generator()
     yield from torch.utils.data.DataLoader(
-        pipeline, batch_size=None, num_workers=loading.workers, **options
+        pipeline, batch_size=None, num_workers=loading.workers, worker_init_fn=settle, **options
     )

@@ -7,13 +7,15 @@ import dataclasses
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from lazyclip.shards import Sample, ShardError, image_part, iterate_samples
 
+from .pixels import check_size
 from .sources import Turn
 
 
@@ -31,9 +33,12 @@ class Dropped:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A decoded picture (RGB) with its caption, and what names it: the turn, the place in it."""
+    """A decoded picture with its caption, and what names it: the turn, the place in it.
 
-    picture: Image.Image
+    The picture is an RGB image, or 3 x H x W uint8 where the decoder makes tensors.
+    """
+
+    picture: Image.Image | Tensor
     caption: str
     identity: str
 
@@ -56,8 +61,8 @@ def decode_picture(content: bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow's remarks on metadata would come once for each picture, millions of times.
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as opened:
+                check_size(*opened.size)
                 return opened.convert("RGB")
     except Exception as error:
         # A decoder may raise anything on damaged bytes; one picture must not end a run. The caller
@@ -67,12 +72,17 @@ def decode_picture(content: bytes) -> Image.Image:
         raise ValueError(f"{type(error).__name__}: {reason}") from None
 
 
-def decode(sample: Sample, turn: Turn) -> Pair | Dropped:
+def decode(
+    sample: Sample,
+    turn: Turn,
+    decoder: Callable[[bytes], Image.Image | Tensor] = decode_picture,
+) -> Pair | Dropped:
     """Decode a record's picture and caption.
 
     Args:
         sample: of a shard.
         turn: of its shard; part of its identity.
+        decoder: content -> picture, a `ValueError` where it cannot (`pixels.decode_pixels`).
 
     Returns:
         The pair, or why there is none: `no picture`, `no caption`, `empty caption`, `caption not
@@ -90,7 +100,7 @@ def decode(sample: Sample, turn: Turn) -> Pair | Dropped:
     if not caption:
         return Dropped(sample.label, "empty caption")
     try:
-        picture = decode_picture(content)
+        picture = decoder(content)
     except ValueError as error:
         return Dropped(sample.label, "bad picture", str(error))
     return Pair(picture, caption, f"{turn.number} {turn.slot} {sample.ordinal}")

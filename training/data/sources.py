@@ -7,13 +7,20 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from lazyclip.base.errors import UserError
-from lazyclip.shards import IMAGE_SUFFIXES, ShardError, expand, iterate_samples
+from lazyclip.shards import (
+    IMAGE_SUFFIXES,
+    ShardError,
+    expand,
+    iterate_samples,
+    split_sources,
+)
 
 log = logging.getLogger(__name__)
 # Counting means reading: above this the user is asked for the number.
@@ -129,12 +136,13 @@ class Source:
     """The shards of a run.
 
     Fields: shards, in the order of the pattern; samples, in one epoch; resampled, whether shards
-    are drawn with replacement.
+    are drawn with replacement; weights of the draw, one for each shard, empty: all alike.
     """
 
     shards: tuple[Path, ...]
     samples: int
     resampled: bool
+    weights: tuple[float, ...] = ()
 
     def lane(self, seed: int, lane: int, lanes: int) -> Iterator[Turn]:
         """Give a lane (one loader process of one rank) its shards, without end.
@@ -154,7 +162,7 @@ class Source:
         if self.resampled:
             draw = random.Random(f"{seed} resampled {lane} of {lanes}")
             for number in itertools.count(lane, lanes):
-                slot = draw.choice(slots)
+                slot = draw.choices(slots, self.weights)[0] if self.weights else draw.choice(slots)
                 yield Turn(number, slot, self.shards[slot])
         for number in itertools.count():
             order = slots.copy()
@@ -162,9 +170,37 @@ class Source:
             yield from (Turn(number, slot, self.shards[slot]) for slot in order[lane::lanes])
 
 
+def _weighed(pattern: str, factors: str) -> tuple[list[Path], list[float]]:
+    """Expand each source and give its shards its factor.
+
+    Raises:
+        UserError: another number of factors than sources, or one that is no number above zero.
+    """
+    flag = f"--train-data-upsampling-factors {factors}"
+    sources, words = split_sources(pattern), factors.split("::")
+    if len(words) != len(sources):
+        raise UserError(
+            f"{flag}: {len(words)} factors for {len(sources)} sources; give one for each"
+        )
+    shards: list[Path] = []
+    weights: list[float] = []
+    for source, word in zip(sources, words, strict=True):
+        try:
+            factor = float(word)
+        except ValueError:
+            factor = 0.0
+        if not 0 < factor < math.inf:
+            raise UserError(f"{flag}: '{word}' is no number above 0")
+        found = expand(source, "--train-data")
+        shards += found
+        weights += [factor] * len(found)
+    return shards, weights
+
+
 def open_source(
-    pattern: str, samples: int | None, resampled: bool, lanes: int, workers: int
-) -> Source:
+    pattern: str, samples: int | None, resampled: bool, lanes: int, workers: int,
+    factors: str | None = None,
+) -> Source:  # fmt: skip
     """Find and check the shards of a run.
 
     Args:
@@ -173,11 +209,25 @@ def open_source(
         resampled: draw shards with replacement.
         lanes: ranks times loader processes.
         workers: loader processes per rank, for the message.
+        factors: such as `2::0.5`, one for each source: resampled, weights of the draw; else how
+            often its shards come in a pass, whole numbers.
 
     Raises:
         UserError: no shards, fewer shards than lanes, no sample with picture and caption.
     """
-    shards = expand(pattern, "--train-data")
+    weights: list[float] = []
+    if factors is None:
+        shards = expand(pattern, "--train-data")
+    else:
+        shards, weights = _weighed(pattern, factors)
+        if not resampled:
+            if any(weight != int(weight) for weight in weights):
+                raise UserError(
+                    f"--train-data-upsampling-factors {factors}: fractions need "
+                    "--dataset-resampled; use whole numbers"
+                )
+            shards = [s for s, n in zip(shards, weights, strict=True) for _ in range(int(n))]
+            weights = []
     if len(shards) < lanes and not resampled:
         ranks = lanes // max(workers, 1)
         remedy = (
@@ -190,4 +240,4 @@ def open_source(
             "--dataset-resampled"
         )
     require_captions(shards)
-    return Source(tuple(shards), samples or count_samples(shards), resampled)
+    return Source(tuple(shards), samples or count_samples(shards), resampled, tuple(weights))

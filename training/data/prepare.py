@@ -1,0 +1,110 @@
+"""From a pattern to a manifest that fits the disk: find, unpack, load or build, filter, keep.
+
+Not here: flags, and the batches that are made of it (`exact`).
+"""
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lazyclip.base.errors import UserError
+
+from . import filters as conditions
+from .locate import Located, find, unpacked
+from .manifest import Manifest, build, default_file, load, save, verify
+from .survey import How
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a run asks for.
+
+    Fields: pattern and factors (see `locate.find`); filters, conditions as text; file of the
+    manifest, None: beside the shards; fallback, the folder for it where the shards' is read-only;
+    strict, refuse shards that are not whole; rebuild, take no manifest that is there.
+    """
+
+    pattern: str | Sequence[str]
+    fallback: Path
+    factors: str | None = None
+    filters: tuple[str, ...] = ()
+    file: Path | None = None
+    how: How = dataclasses.field(default_factory=How)
+    strict: bool = False
+    rebuild: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Manifest, its shards as they lie on disk, and the file it is kept in."""
+
+    manifest: Manifest
+    shards: tuple[Located, ...]
+    file: Path
+
+
+def prepare(wanted: Wanted) -> Prepared:
+    """Find the shards and their manifest; builds it where there is none.
+
+    One process of a run does this; others `load` the file and `verify`.
+
+    Raises:
+        UserError: see `find`, `unpacked`, `build`, `verify` and `filtered`.
+    """
+    given = tuple(conditions.read_filter(text) for text in wanted.filters)
+    shards, missing = find(wanted.pattern, wanted.factors)
+    file = wanted.file or default_file(shards, wanted.how.chunk, wanted.fallback)
+    plain = tuple(unpacked(shards, file.parent / "unpacked"))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        manifest = _base(wanted, plain, missing, file)
+        if not given:
+            return Prepared(manifest, plain, file)
+        return _filtered(wanted, manifest, plain, given, file)
+    except OSError as error:
+        raise UserError(
+            f"the manifest {file} cannot be written ({error.strerror or error}); give --manifest "
+            "FILE in a folder that can be"
+        ) from None
+
+
+def _base(
+    wanted: Wanted, shards: Sequence[Located], missing: Sequence[Path], file: Path
+) -> Manifest:
+    if file.exists() and not wanted.rebuild:
+        manifest = load(file)
+        verify(manifest, shards)
+        if manifest.filters:
+            raise UserError(f"{file} is a manifest with filters; name the one without")
+        if manifest.chunk != wanted.how.chunk:
+            raise UserError(
+                f"{file} has chunks of {manifest.chunk}, asked for are {wanted.how.chunk}; name "
+                "another file"
+            )
+        return manifest
+    folder = file.with_suffix(".parts")
+    manifest = build(shards, wanted.how, folder, missing, strict=wanted.strict)
+    save(manifest, file)
+    shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def _filtered(
+    wanted: Wanted, base: Manifest, shards: tuple[Located, ...],
+    given: tuple[conditions.Filter, ...], file: Path,
+) -> Prepared:  # fmt: skip
+    mark = hashlib.sha256("\n".join(sorted(one.text for one in given)).encode()).hexdigest()[:8]
+    kept = file.with_name(f"{file.stem}.filter-{mark}{file.suffix}")
+    if kept.exists():
+        manifest = load(kept)
+        if dataclasses.replace(manifest, keep=base.keep, filters=()).sha256 == base.sha256:
+            return Prepared(manifest, shards, kept)
+        log.info("%s is of another manifest; the filters are applied again", kept)
+    manifest = conditions.filtered(base, shards, given, wanted.how.processes)
+    save(manifest, kept)
+    return Prepared(manifest, shards, kept)

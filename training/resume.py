@@ -1,0 +1,190 @@
+"""Going on from a checkpoint: finding it, whose settings hold, and putting everything back.
+
+Not here: what a checkpoint holds (`state`), how it is written.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lazyclip.base.checkpoint import NotWholeError, newest_whole, verify
+from lazyclip.base.errors import UserError
+from lazyclip.factory import Built, ModelInfo
+from lazyclip.weights import WEIGHT_FILE
+
+from .params import Parsed, TrainArgs, check_ranges
+from .state import STATE_FILE
+
+log = logging.getLogger(__name__)
+# What may change from start to start: where and how fast a run runs, not what it computes.
+FREE = {
+    "train_data", "manifest", "workers", "max_bad_fraction", "batch_size", "accum_freq", "logs",
+    "name", "save_every", "save_every_minutes", "keep", "resume", "audit", "watchdog_minutes",
+    "log_every_n_steps", "report_to", "device", "threads", "dry_run", "config", "local_loss",
+    "gather_with_grad", "grad_checkpointing", "torchcompile", "max_nonfinite", "val_data",
+    "val_num_samples", "classes", "templates", "probe_every",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """A checkpoint to go on from: its folder and what its state file holds, tensors unread."""
+
+    folder: Path
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return int(self.state["step"])
+
+
+def find_checkpoint(args: TrainArgs) -> Path | None:
+    """Find what `--resume` means; None for `latest` where nothing was saved yet.
+
+    Raises:
+        UserError: no such checkpoint, or one that is not whole.
+    """
+    if args.resume is None:
+        return None
+    if args.resume == "latest":
+        if args.name is None:
+            raise UserError("--resume latest needs the run's --name (or give --resume a folder)")
+        return newest_whole(Path(args.logs) / args.name / "checkpoints")
+    folder = Path(args.resume)
+    if (folder / "checkpoints").is_dir():
+        found = newest_whole(folder / "checkpoints")
+        if found is None:
+            raise UserError(f"--resume {folder}: no whole checkpoint in it; start without --resume")
+        return found
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder}: no such folder; use latest, or a checkpoint's folder")
+    try:
+        verify(folder)
+    except NotWholeError as error:
+        raise UserError(
+            f"--resume {folder}: {error}; name an older checkpoint, or use --resume latest"
+        ) from None
+    return folder
+
+
+def read_checkpoint(folder: Path) -> Resumed:
+    """Open a checkpoint's state.
+
+    Raises:
+        UserError: it is of the streaming loader, which cannot go on, or of another program.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise UserError(f"--resume {folder} holds no {STATE_FILE}: it is no checkpoint of a run")
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if "args" not in state:
+        raise UserError(f"--resume {folder} is of an older version, which could not be resumed")
+    if state["args"]["loader"] != "exact":
+        raise UserError(
+            f"--resume {folder} is of --loader sequential, which has no place to go on from; start "
+            f"a new run with --pretrained {folder}"
+        )
+    return Resumed(folder, state)
+
+
+def settings(parsed: Parsed, resumed: Resumed, world: int) -> TrainArgs:
+    """Return the settings of a run that goes on: the recorded ones, and what is free to change.
+
+    The global batch stays; the batch of a rank follows from it.
+
+    Raises:
+        UserError: a flag that contradicts what was recorded.
+    """
+    known = {field.name for field in dataclasses.fields(TrainArgs)}
+    recorded = {k: v for k, v in resumed.state["args"].items() if k in known}
+    recorded["filter"] = tuple(recorded["filter"])
+    for name, value in parsed.given.items():
+        if name not in FREE and value != recorded[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} {_shown(value)} differs from the {_shown(recorded[name])} that "
+                f"{resumed.folder.name} was trained with; leave it out, or start a new run without "
+                "--resume"
+            )
+    free = {name: value for name, value in parsed.given.items() if name in FREE}
+    args = TrainArgs(**{**recorded, "resume": None, "dry_run": False, **free})
+    args = dataclasses.replace(args, name=args.name if "name" in free else recorded_name(resumed))
+    if "logs" not in free and parsed.args.resume != "latest":
+        args = dataclasses.replace(args, logs=str(resumed.folder.parent.parent.parent))
+    args = dataclasses.replace(
+        args, batch_size=_batch(parsed, args, int(resumed.state["global_batch"]), world),
+        lanes=int(resumed.state["lanes"]),
+    )  # fmt: skip
+    check_ranges(args)
+    return args
+
+
+def recorded_name(resumed: Resumed) -> str:
+    """Return the name of the run that a checkpoint lies in."""
+    return resumed.folder.parent.parent.name
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _batch(parsed: Parsed, args: TrainArgs, total: int, world: int) -> int:
+    """Return the batch of a rank, so that the global batch stays what it was."""
+    ranks = f"{world} rank" + ("s" if world > 1 else "")
+    pieces = f" x {args.accum_freq} pieces" if args.accum_freq > 1 else ""
+    per_rank, rest = divmod(total, world * args.accum_freq)
+    if rest:
+        raise UserError(
+            f"the run's global batch of {total} cannot be shared by {ranks}{pieces}; use a number "
+            f"of ranks that divides {total // args.accum_freq}, or another --accum-freq"
+        )
+    given = parsed.given.get("batch_size")
+    if given is not None and given != per_rank:
+        raise UserError(
+            f"--batch-size {given} on {ranks}{pieces} contradicts the run's global batch of "
+            f"{total}; leave it out or give --batch-size {per_rank}"
+        )
+    return per_rank
+
+
+def check_manifest(resumed: Resumed, sha256: str) -> None:
+    """Check that the data are those that the run began with; raises `UserError`."""
+    before = resumed.state["manifest"]
+    if sha256 != before:
+        raise UserError(
+            f"the manifest is {sha256[:12]}, {resumed.folder.name} was trained with {before[:12]}: "
+            "shards, filters or factors changed; restore them, or start a new run with "
+            f"--pretrained {resumed.folder}"
+        )
+
+
+def model_info(resumed: Resumed, built: Built) -> ModelInfo:
+    """Return what the run's results say of its model: where its first weights came from."""
+    before = json.loads((resumed.folder / "record.json").read_text(encoding="utf-8"))["model"]
+    return dataclasses.replace(
+        built.info, name=before["name"], pretrained=before["pretrained"],
+        weights_sha256=before["weights_sha256"],
+    )  # fmt: skip
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model of the same shape."""
+    state = load_file(folder / WEIGHT_FILE)
+    own = model.state_dict()
+    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
+
+
+def restore(resumed: Resumed, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and the optimiser's state back."""
+    load_weights(resumed.folder, model)
+    # Copied: the tensors of the file are only mapped, and the file may be pruned.
+    optimizer.load_state_dict(copy.deepcopy(resumed.state["optimizer"]))
