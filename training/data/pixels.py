@@ -4,7 +4,7 @@ JPEGs go through torchvision's decoder (libjpeg-turbo) and its uint8 resize; wha
 it may take otherwise than Pillow (CMYK, a file cut short), goes through Pillow. Measured in one
 thread against Pillow with torchvision's float transform: 2.9 times the samples a second at 256 px,
 2.4 times at 512 px, a mean difference of 0.003 grey levels, never more than 1
-(`benchmarks/bench_loader.py`). Normalising is left to the device that trains. Not here: captions,
+(`docs/lab_log.md`, 2026-11-25). Normalising is left to the device that trains. Not here: captions,
 and what becomes of a picture that cannot be decoded (`samples`).
 """
 
