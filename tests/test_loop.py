@@ -237,6 +237,15 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_its_samples_are_told(tmp_p
     assert json.loads((ran.folder / "params.json").read_text())["skipped"] == 1
 
 
+def test_a_save_that_falls_on_a_skipped_step_comes_after_the_next_one(tmp_path, monkeypatch):
+    spoiled(monkeypatch, {2})
+    ran = train(tmp_path, train_data=world(), model=TINY, save_every=2)
+    assert "no checkpoint at step 2: that step was not finite; the next that is gets it" in ran.err
+    there = sorted(p.name for p in (ran.folder / "checkpoints").iterdir())
+    assert "step_00000002" not in there
+    assert "step_00000003" in there
+
+
 def test_a_skipped_step_changes_neither_weights_nor_moments(make_loop, monkeypatch):
     spoiled(monkeypatch, {2})
     loop = make_loop(steps=2)

@@ -235,3 +235,24 @@ def test_lines_of_later_steps_and_half_lines_are_cut(tmp_path):
     assert read_lines(file) == [{"step": 1}, {"step": 2, "a": 1}]
     assert cut_back(file, 2) == 0
     assert cut_back(tmp_path / "none", 2) == 0
+
+
+def test_checkpoints_of_which_none_is_whole_are_no_reason_to_start_over(begun):
+    run = begun / "a"
+    before = (run / "metrics.jsonl").read_bytes()
+    for folder in (run / "checkpoints").iterdir():
+        (folder / STATE_FILE).write_bytes(b"broken")
+    said = mistake(train(begun, **how(resume="latest")))
+    assert "none of the 2 checkpoints in " in said
+    assert "is whole; restore one, or start a new run with another --name" in said
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_later_checkpoints_are_set_aside_when_an_older_one_is_gone_on_from(tmp_path, straight):
+    first = train(tmp_path, **how(keep=0))
+    older = first.folder / "checkpoints" / "step_00000002"
+    again = train(tmp_path, **how(keep=0, resume=str(older)))
+    assert again.code == 0
+    there = sorted(p.name for p in (first.folder / "checkpoints").iterdir())
+    assert "step_00000004.aside" in there
+    assert losses(again.folder) == losses(straight.folder)

@@ -325,3 +325,16 @@ def test_under_torchrun_each_signal_saves_and_the_next_start_goes_on(tmp_path):
         assert found["step"] > done
         done = found["step"]
     assert sorted(read_audit(tmp_path / "a")) == list(range(1, done + 1))
+
+
+def test_the_watchdog_does_not_watch_while_it_is_paused(tmp_path, monkeypatch):
+    ended = []
+    dog = Watchdog(tmp_path, 0, minutes=0.05 / 60, check_seconds=0.01)
+    monkeypatch.setattr(dog, "_end", lambda waited: ended.append(waited) or dog._over.set())
+    dog.start()
+    with dog.paused():
+        dog._over.wait(0.3)
+    assert ended == []
+    dog._over.wait(2.0)
+    assert len(ended) == 1
+    dog.stop()

@@ -70,12 +70,14 @@ def run(argv: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     prepared = index(args)
     seconds = time.perf_counter() - began
-    size = prepared.file.stat().st_size
+    size, factors = prepared.file.stat().st_size, args.train_data_upsampling_factors
     lines = [
         *report(prepared.manifest),
         f"{prepared.file}: {size:,} bytes, {seconds:.1f} s",
         f"train with: --train-data '{'::'.join(args.shards)}'"
-        + (f" --manifest '{args.manifest}'" if args.manifest else ""),
+        + (f" --manifest '{args.manifest}'" if args.manifest else "")
+        + "".join(f" --filter '{text}'" for text in args.filter)
+        + (f" --train-data-upsampling-factors {factors}" if factors else ""),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

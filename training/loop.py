@@ -110,6 +110,7 @@ class Loop:
         if run.resumed is not None:
             self._go_on(run.resumed)
         self._saved_at = time.perf_counter()
+        self._owed = False  # a checkpoint that fell on a step that was not finite
 
     def _go_on(self, resumed: Resumed) -> None:
         state, place = resumed.state, self.run_.place
@@ -273,16 +274,23 @@ class Loop:
             )  # fmt: skip
             self.reporter.file(self.step, {"probe/top1": top1})
 
-    def _save(self) -> str | None:
+    def _save(self, asked: bool = False) -> str | None:
         """Save a checkpoint; returns why it could not be done, None where it was.
+
+        After a step that was not finite it waits for one that is, so that there is something older
+        to go back to; a run that is `asked` to end does not wait.
 
         A full disk, or one that gives back other bytes than it took, ends no run.
         """
         run = self.run_
         if run.folder is None:
             return None
-        if self.skips.streak:
-            log.warning("no checkpoint at step %d: the last step was not finite", self.step)
+        self._owed = bool(self.skips.streak) and not asked
+        if self._owed:
+            log.warning(
+                "no checkpoint at step %d: that step was not finite; the next that is gets it",
+                self.step,
+            )
             return "the last step was not finite"
         done = Progressed(
             self.step, self.step * run.plan.global_batch, self._bad,
@@ -372,7 +380,8 @@ class Loop:
         run, plan = self.run_, self.run_.plan
         last = self.step == plan.steps
         asked = asked and not last
-        save = last or asked or due or self.step % plan.save_every == 0
+        owed = self._owed and not self.skips.streak
+        save = last or asked or due or owed or self.step % plan.save_every == 0
         report = save or self.step == 1 or self.step % run.args.log_every_n_steps == 0
         if report:
             self._report(loss, window)
@@ -387,9 +396,9 @@ class Loop:
         if probed:
             self._measure()
         if save:
-            self._tick()
-            failed = self._save()
-            self._tick()
+            watchdog = self.run_.watchdog
+            with watchdog.paused() if watchdog else contextlib.nullcontext():
+                failed = self._save(asked)
             if asked:
                 raise Preempted(f"not saved: {failed}" if failed else "saved")
         return report or probed

@@ -55,6 +55,7 @@ from .resume import (
     find_checkpoint,
     model_info,
     read_checkpoint,
+    set_aside,
     settings,
 )
 from .signals import Asked, Preempted, end_with_launcher, listening
@@ -232,6 +233,8 @@ def open_run(job: Job) -> tuple[Path, dict[str, Any]]:
     def make() -> None:
         make_folder(folder, args.resume is not None)
         setup(place.rank, folder / "out.log")
+        if job.resumed is not None:
+            set_aside(folder, job.resumed.step)
         cut_back_all(folder, job.resumed.step if job.resumed else -1)
 
     first_alone(make, place)
@@ -260,7 +263,14 @@ def can_be_tried_again(error: BaseException) -> bool:
     if isinstance(error, OSError | ReadFailed | dist.DistError):
         return True
     text = str(error).lower()
-    words = ("gloo", "nccl", "connection closed", "connection reset", "killed by signal")
+    words = (
+        "gloo",
+        "nccl",
+        "connection closed",
+        "connection reset",
+        "killed by signal",
+        "exited unexpectedly",
+    )
     full = "os error 28" in text or "no space left" in text
     return full or (isinstance(error, RuntimeError) and any(word in text for word in words))
 
@@ -279,9 +289,10 @@ def train(job: Job) -> None:
             loop = make_loop(job, record, folder, asked, watchdog)
             watchdog.start()
             loop.run()
-            if place.first:
-                finish(folder, loop, job.built, record)
-            from_first(None, place)
+            with watchdog.paused():
+                if place.first:
+                    finish(folder, loop, job.built, record)
+                from_first(None, place)
     except Preempted as saved:
         if loop is not None and place.first:
             end_early(folder, args, loop.step, f"{asked.by or 'signal'}: {saved}")

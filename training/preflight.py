@@ -153,6 +153,11 @@ def _exact_data(args: TrainArgs, place: Place) -> Data:
     manifest = prepared.manifest
     exact = Exact(Reader(manifest, prepared.shards), lanes)
     order = exact.order(args.seed)
+    if total > order.samples:
+        raise UserError(
+            f"the global batch of {total} is larger than a pass of {order.samples} samples: some "
+            "would stand in it twice; lower --batch-size"
+        )
     lines = [
         f"exact loader, {report(manifest)[0]}",
         f"order: {lanes} lanes, windows of at most {exact.window_bytes(place.world) / 2**20:,.0f} "

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lazyclip.base.checkpoint import NotWholeError, newest_whole, verify
+from lazyclip.base.checkpoint import NotWholeError, list_steps, newest_whole, verify
 from lazyclip.base.errors import UserError
 from lazyclip.factory import Built, ModelInfo
 from lazyclip.weights import WEIGHT_FILE
@@ -58,10 +59,10 @@ def find_checkpoint(args: TrainArgs) -> Path | None:
     if args.resume == "latest":
         if args.name is None:
             raise UserError("--resume latest needs the run's --name (or give --resume a folder)")
-        return newest_whole(Path(args.logs) / args.name / "checkpoints")
-    folder = Path(args.resume)
+        return _newest(Path(args.logs) / args.name / "checkpoints")
+    folder = Path(args.resume).absolute()
     if (folder / "checkpoints").is_dir():
-        found = newest_whole(folder / "checkpoints")
+        found = _newest(folder / "checkpoints")
         if found is None:
             raise UserError(f"--resume {folder}: no whole checkpoint in it; start without --resume")
         return found
@@ -74,6 +75,35 @@ def find_checkpoint(args: TrainArgs) -> Path | None:
             f"--resume {folder}: {error}; name an older checkpoint, or use --resume latest"
         ) from None
     return folder
+
+
+def _newest(parent: Path) -> Path | None:
+    """Find the newest whole checkpoint, None where none was ever saved.
+
+    Raises:
+        UserError: there are some, and none is whole: starting over would throw the run away.
+    """
+    found = newest_whole(parent)
+    there = list_steps(parent)
+    if found is None and there:
+        raise UserError(
+            f"none of the {len(there)} checkpoints in {parent} is whole; restore one, or start a "
+            "new run with another --name"
+        )
+    return found
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Rename checkpoints after a step, from which the run goes on another way now.
+
+    Otherwise `latest` would mean them, and the samples between would be in no record.
+    """
+    for later, folder in list_steps(run / "checkpoints"):
+        if later > step:
+            aside = folder.with_name(f"{folder.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            log.warning("%s is of the run before, now %s", folder.name, aside.name)
 
 
 def read_checkpoint(folder: Path) -> Resumed:

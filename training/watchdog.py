@@ -3,6 +3,7 @@
 Not here: what counts as progress (the loop calls `tick`).
 """
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from .state import write_status
@@ -23,7 +25,7 @@ _REMEMBERED = 101
 class Watchdog:
     """Ends the process when no tick came for too long.
 
-    Saving takes as long as the disk takes and is not hurried by this: ticks come before and after.
+    Saving takes as long as the disk takes and is not hurried by this: it pauses meanwhile.
     """
 
     def __init__(self, folder: Path, rank: int, minutes: float, check_seconds: float = 1.0) -> None:
@@ -40,6 +42,7 @@ class Watchdog:
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
         self._last, self._step = time.monotonic(), 0
         self._over = threading.Event()
+        self._paused = False
         self._thread: threading.Thread | None = None
 
     def limit(self) -> float:
@@ -62,6 +65,16 @@ class Watchdog:
             self._step = step
         self._last = now
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not watch meanwhile: what is done takes as long as the disk takes."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._last = time.monotonic()
+            self._paused = False
+
     def stop(self) -> None:
         """Stop watching."""
         self._over.set()
@@ -71,7 +84,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(self._check):
             waited = time.monotonic() - self._last
-            if waited > self.limit():
+            if waited > self.limit() and not self._paused:
                 self._end(waited)
 
     def _end(self, waited: float) -> None:

@@ -253,7 +253,7 @@ def load(file: Path) -> Manifest:
     Raises:
         UserError: no such file, or not a whole manifest.
     """
-    remedy = "delete it and build it again: python -m training.index SHARDS"
+    remedy = "build it again: python -m training.index SHARDS --rebuild"
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
@@ -278,7 +278,7 @@ def verify(manifest: Manifest, shards: Sequence[Located]) -> None:
     Raises:
         UserError: the first difference, and how many there are.
     """
-    remedy = "build it again: python -m training.index SHARDS"
+    remedy = "build it again: python -m training.index SHARDS --rebuild"
     names = tuple(shard.name for shard in shards)
     if names != manifest.names:
         strange = sorted(set(names) ^ set(manifest.names)) or ["their order"]

@@ -3,11 +3,13 @@
 Not here: flags, and the batches that are made of it (`exact`).
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lazyclip.base.errors import UserError
@@ -76,17 +78,41 @@ def prepare(wanted: Wanted) -> Prepared:
 def _base(
     wanted: Wanted, shards: Sequence[Located], missing: Sequence[Path], file: Path
 ) -> Manifest:
-    if file.exists() and not wanted.rebuild:
+    if not file.exists() or wanted.rebuild:
+        with _alone(file):
+            # Another run may have built it meanwhile.
+            if not file.exists() or wanted.rebuild:
+                return _build(wanted, shards, missing, file)
+    if file.exists():
         manifest = load(file)
         verify(manifest, shards)
         if manifest.filters:
             raise UserError(f"{file} is a manifest with filters; name the one without")
-        if manifest.chunk != wanted.how.chunk:
+        if manifest.chunk != wanted.how.chunk and wanted.how.chunk != How().chunk:
             raise UserError(
                 f"{file} has chunks of {manifest.chunk}, asked for are {wanted.how.chunk}; name "
                 "another file"
             )
         return manifest
+    raise UserError(f"the manifest {file} went away while it was built; start again")
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Keep other runs from building the same manifest at the same time, where the disk can."""
+    lock = file.with_suffix(".lock")
+    with lock.open("a") as stream:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _build(
+    wanted: Wanted, shards: Sequence[Located], missing: Sequence[Path], file: Path
+) -> Manifest:
     folder = file.with_suffix(".parts")
     manifest = build(shards, wanted.how, folder, missing, strict=wanted.strict)
     save(manifest, file)

@@ -7,6 +7,7 @@ was interrupted goes on where it was. Not here: the manifest that results are me
 import dataclasses
 import json
 import logging
+import multiprocessing
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -265,7 +266,9 @@ def _walk_and_keep(job: tuple[Located, How, Path]) -> Survey:
 
 def run_jobs(work: Callable[[J], R], jobs: Sequence[J], processes: int) -> Iterator[R]:
     """Yield the result of each job in order, from processes where there are many jobs."""
-    if processes <= 1 or len(jobs) < PARALLEL_FROM:
+    # A process that may have no children of its own (a daemon) does it all itself.
+    alone = multiprocessing.current_process().daemon
+    if processes <= 1 or len(jobs) < PARALLEL_FROM or alone:
         yield from map(work, jobs)
         return
     with ProcessPoolExecutor(min(processes, len(jobs))) as pool:

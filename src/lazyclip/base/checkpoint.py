@@ -103,7 +103,7 @@ def verify(folder: Path) -> None:
         wanted = {name: (int(row["bytes"]), str(row["sha256"])) for name, row in rows.items()}
     except FileNotFoundError:
         raise NotWholeError(f"{folder} has no {MANIFEST}: it was not finished") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotWholeError(f"{manifest} cannot be read ({error!r})") from None
     for name, (size, _) in wanted.items():
         file = folder / name
