@@ -242,6 +242,18 @@ def test_a_source_with_a_factor_comes_so_often_with_other_crops(tmp_path):
     assert len(drawn) == 10
 
 
+def test_what_comes_more_than_once_in_a_pass_never_stands_in(tmp_path):
+    """Another copy of it may stand in the same batch, in another lane."""
+    shards(tmp_path / "a", [12], bad=(1, 5, 9))
+    done = prepare(Wanted(f"{tmp_path}/a", tmp_path, "2", how=How(chunk=4)))
+    source = Exact(Reader(done.manifest, done.shards, QUICK), 4, 2)
+    served = first_steps(source, 6, batch=4)
+    faults = [fault for step in served for fault in step.faults]
+    assert len(faults) == 6
+    assert all(fault.substitute is None for fault in faults)
+    assert sum(int(step.masked.sum()) for step in served) == 6
+
+
 def test_a_failed_read_is_tried_again_and_changes_nothing(tmp_path, monkeypatch):
     source = exact(shards(tmp_path, [10, 7]), lanes=2)
     whole = first_steps(source, 8, batch=2)

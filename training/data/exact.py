@@ -164,8 +164,8 @@ class _Lane:
         if isinstance(found, Pair):
             return _Filled(self._augment(found, name), found.caption, shard, ordinal, None)
         for place in _candidates(opened.window, slot):
-            if place in busy or place in opened.bad:
-                continue
+            if place in busy or place in opened.bad or self._worker.factors[place[0]] > 1:
+                continue  # another copy of what comes more than once may stand in this very batch
             other = self._decode(opened, *place, slot.epoch)
             if isinstance(other, Dropped):
                 continue
@@ -226,6 +226,7 @@ class _Worker:
         self.order = order
         self.seed, self.decode, self.transform = loading.seed, exact.decode, loading.transform
         self.chunks = Shared(exact.reader)
+        self.factors = exact.reader.manifest.chunk_factors
         self.pool = ThreadPoolExecutor(READERS, "read")
         self._tokenizer = loading.tokenizer
         self._share = loading.batch_size * loading.world // exact.lanes
