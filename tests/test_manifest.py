@@ -497,3 +497,15 @@ def test_real_shards_give_what_their_statistics_say(shared_data, tmp_path):
     assert done.manifest.samples == 165
     assert set(kinds(done.manifest)) <= {"parquet not checked"}
     assert len(ordinals(done)) == 165
+
+
+def test_one_file_under_two_spellings_is_one_shard(tmp_path):
+    folder = tmp_path / "sh"
+    folder.mkdir()
+    pattern = caption_shards(folder, shards=1, per_shard=4)
+    (file,) = folder.glob("*.tar")
+    (tmp_path / "link.tar").symlink_to(file)
+    spelt = f"{file}::{folder}/../sh/{file.name}::{tmp_path}/link.tar"
+    shards, _ = find(spelt)
+    assert pattern
+    assert [(shard.path, shard.factor) for shard in shards] == [(file, 3)]

@@ -82,6 +82,7 @@ def find(
     if not sources:
         raise UserError(f'{flag} is empty; give shards, such as {flag} "data/{{00000..00009}}.tar"')
     found: Counter[Path] = Counter()
+    first: dict[str, Path] = {}
     missing: list[Path] = []
     for source, factor in zip(sources, read_factors(factors, len(sources)), strict=True):
         paths, absent = _source(source, flag)
@@ -90,7 +91,8 @@ def find(
         if not paths:
             expand(source, flag)  # says what was tried
         for path in paths:
-            found[path] += factor
+            # One file is one shard, by whatever spelling or link it is named.
+            found[first.setdefault(os.path.realpath(path), path)] += factor
         missing += absent
     names = shard_names(list(found))
     shards = [Located(names[path], path, path, factor) for path, factor in found.items()]
