@@ -1,11 +1,10 @@
 """Pictures to uint8 tensors: decoded, cropped and resized fast, the same pixels to one grey level.
 
 JPEGs go through torchvision's decoder (libjpeg-turbo) and its uint8 resize; whatever else, or what
-it may take otherwise than Pillow (CMYK, a file cut short), goes through Pillow. Measured in one
-thread against Pillow with torchvision's float transform: 2.9 times the samples a second at 256 px,
-2.4 times at 512 px, a mean difference of 0.003 grey levels, never more than 1
-(`docs/lab_log.md`, 2026-11-25). Normalising is left to the device that trains. Not here: captions,
-and what becomes of a picture that cannot be decoded (`samples`).
+it may take otherwise than Pillow (CMYK, a file cut short), goes through Pillow. The pixels differ
+from Pillow's with torchvision's float transform by one grey level at most (`tests/test_pixels.py`);
+what it gains: `results/2026-11-25-loader-speed`. Normalising is left to the device that trains. Not
+here: captions, and what becomes of a picture that cannot be decoded (`samples`).
 """
 
 import dataclasses
