@@ -33,6 +33,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     group.add_argument("--force-image-size", type=int, help="another input size in pixels")
     group.add_argument("--force-quick-gelu", action="store_true", help="ask for QuickGELU")
+    add_run_flags(group)
+
+
+def add_run_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how a model pools and where it runs."""
     for row in POOL_FLAGS:
         group.add_argument(row.flag, help=row.help)
     group.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -40,6 +45,26 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, help="default: amp_bf16 on cuda, fp32 on cpu"
     )
     group.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
+
+def settle_machine(args: argparse.Namespace) -> None:
+    """Set the CPU threads, and `args.device` and `args.precision` to what is used.
+
+    Raises:
+        UserError: too few threads, or a device that is not known or not there.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads {args.threads} is too small; use 1 or more")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        raise UserError(f"--device {args.device} is not known; use cuda, cuda:0 or cpu") from None
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: no CUDA device is visible; use --device cpu")
+    args.precision = args.precision or ("amp_bf16" if args.device.startswith("cuda") else "fp32")
 
 
 def load_from_flags(args: argparse.Namespace) -> Built:
@@ -62,18 +87,7 @@ def load_from_flags(args: argparse.Namespace) -> Built:
             f"--model {args.model} has no weights: pass --pretrained TAG, a weight file or a saved "
             "folder (such as --pretrained logs/NAME/model), or --random-weights"
         )
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads {args.threads} is too small; use 1 or more")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        raise UserError(f"--device {args.device} is not known; use cuda, cuda:0 or cpu") from None
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: no CUDA device is visible; use --device cpu")
-    args.precision = args.precision or ("amp_bf16" if args.device.startswith("cuda") else "fp32")
+    settle_machine(args)
     last = pool_overrides({row.field: getattr(args, f"last_{row.field}") for row in POOL_FLAGS})
     built = build(
         args.model,

@@ -168,9 +168,34 @@ def run_job(
     Returns:
         The pictures that could not be scored, and the line that says the scores.
     """
+    scores, broken = write_scores(job, built, argv, args, ranks)
+    return broken, "" if scores is None else report(job, built, scores, broken, args)
+
+
+def write_scores(
+    job: Job,
+    built: Built,
+    argv: Sequence[str] | None,
+    args: argparse.Namespace,
+    ranks: Ranks,
+    module: str = MODULE,
+) -> tuple[Scores | None, list[Broken]]:
+    """Score one data set and write its results, without a word on stdout.
+
+    Args:
+        job: what is scored.
+        built: the model.
+        argv: of the command, for the record.
+        args: flags of `zeroshot_seg`.
+        ranks: who shares the pictures.
+        module: the command, for the record.
+
+    Returns:
+        The scores, None on ranks that are not the first; the pictures that could not be scored.
+    """
     _say_differences(built, job.task)
     record = make_record(
-        MODULE,
+        module,
         argv,
         vars(args),
         device=args.device,
@@ -181,7 +206,7 @@ def run_job(
     start = time.monotonic()
     confusion, broken, earlier = score_job(job, built, args, ranks)
     if not ranks.first:
-        return broken, ""
+        return None, broken
     scores = score(confusion)
     record.update(end=utc_now(), seconds=round(time.monotonic() - start, 1), resumed_from=earlier)
     model: dict[str, Any] = {**built.info.to_dict(), "random_weights": args.random_weights}
@@ -199,6 +224,5 @@ def run_job(
     }
     write_classes(job.output / "classes.csv", job.task.names, scores, confusion)
     write_json(job.output / RESULTS, results)
-    line = report(job, built, scores, broken, args)
     log.info("wrote %s", job.output / RESULTS)
-    return broken, line
+    return scores, broken

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from lazyclip.base.config import write_json
 from lazyclip.base.errors import UserError, cli
 from lazyclip.base.logs import Progress, setup
 from lazyclip.base.record import make_record, shorten, utc_now
-from lazyclip.factory import Built
+from lazyclip.factory import Built, ModelInfo
 from lazyclip.shards import Sample, expand
 from lazyclip.zeroshot import (
     TEMPLATE_NAMES,
@@ -151,6 +152,24 @@ def table(scored: Scored, name: str, classes: int) -> str:
     return f"{head}\n{row}"
 
 
+def result_parts(
+    scored: Scored, classes: ClassList, tally: Tally, info: ModelInfo, prompts: str
+) -> dict[str, Any]:
+    """Lay a score out for results.json, all but the record."""
+    return {
+        "top1": scored.share(1),
+        "top5": scored.share(5),
+        "n": scored.n,
+        "chance": 1 / len(classes),
+        "skipped": dict(tally.skipped),
+        "classes": {
+            "n": len(classes), "absent": scored.per_class_n.count(0), "sha256": classes.sha256,
+        },
+        "templates": shorten(prompts),
+        "model": info.to_dict(),
+    }  # fmt: skip
+
+
 def _write_per_class(path: Path, scored: Scored, classes: ClassList) -> None:
     with path.open("w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream, lineterminator="\n")
@@ -160,9 +179,21 @@ def _write_per_class(path: Path, scored: Scored, classes: ClassList) -> None:
             rows.writerow([index, name, n, correct, f"{correct / n:.6f}" if n else ""])
 
 
-def _classify(
+def classify(
     args: argparse.Namespace, built: Built, shards: list[Path], classes: ClassList, tally: Tally
 ) -> Scored:
+    """Score a model on shards.
+
+    Args:
+        args: limit, templates, workers, batch_size, precision.
+        built: the model.
+        shards: files.
+        classes: of the shards, by index.
+        tally: counts bad samples.
+
+    Raises:
+        UserError: shards without classes, too many bad samples, or no image left.
+    """
     C = len(classes)
     total = survey(
         shards, args.limit, has_class, "a picture and a class (class_index in json, or cls)"
@@ -200,7 +231,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         "eval.zeroshot_cls", argv, vars(args), device=args.device, dtype=args.precision
     )
     tally = Tally(args.max_bad)
-    scored = _classify(args, built, shards, classes, tally)
+    scored = classify(args, built, shards, classes, tally)
     absent = scored.per_class_n.count(0)
     if absent:
         log.warning("%d of %d classes have no image here", absent, len(classes))
@@ -210,19 +241,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     if args.output is None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    result = {
-        "top1": scored.share(1),
-        "top5": scored.share(5),
-        "n": scored.n,
-        "chance": 1 / len(classes),
-        "skipped": dict(tally.skipped),
-        "classes": {"n": len(classes), "absent": absent, "sha256": classes.sha256},
-        "templates": shorten(args.templates),
-        "model": built.info.to_dict(),
-        "record": {**record, "end": utc_now()},
-    }
     _write_per_class(args.output / "per_class.csv", scored, classes)
-    write_json(args.output / RESULTS, result)
+    about = result_parts(scored, classes, tally, built.info, args.templates)
+    write_json(args.output / RESULTS, {**about, "record": {**record, "end": utc_now()}})
     log.info("written to %s", args.output)
 
 

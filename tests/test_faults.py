@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +35,7 @@ pytestmark = [
 ]  # fmt: skip
 ALL = os.environ.get("LAZYCLIP_TEST_FAULTS") == "1"
 KILLED = -signal.SIGKILL
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def status(folder: Path) -> dict:
@@ -234,3 +237,66 @@ def test_too_many_bad_samples_of_one_rank_end_both_with_code_2(tmp_path):
     assert "first ['0.tar:5: empty caption']" in found["reason"]
     ledgers = list((tmp_path / "a").glob("ledger-rank*.jsonl"))
     assert len(ledgers) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_loader_process_ends_the_run_and_says_that_it_can_go_on(tmp_path, ranks):
+    """As by the system when memory runs out: one loader process of the last rank."""
+    plain = loop.Loop._advance
+
+    def advance(self, fed):
+        if self.step == 3 and self.run_.place.rank == ranks - 1:
+            me = os.getpid()
+            children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+        return plain(self, fed)
+
+    def before():
+        loop.Loop._advance = advance
+
+    words = flags(tmp_path, ranks, workers=2)
+    assert run(ranks, words, tmp_path / "log", before) == [1] * ranks
+    found = status(tmp_path / "a")
+    assert (found["state"], found["retryable"]) == ("failed", True)
+    assert "is killed by signal: Killed" in (tmp_path / "log").read_text()
+    resume(tmp_path, ranks, workers=2)
+    same_as_undisturbed(tmp_path / "a", ranks)
+
+
+@pytest.mark.skipif(not ALL, reason="two starts of torchrun: make test-faults")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchruns_own_restart_goes_on_from_the_last_checkpoint(tmp_path, rank):
+    """A rank is killed once; torchrun starts both again, and --resume latest does the rest.
+
+    The ranks of the second round must not look up each other's addresses of the first, which they
+    do in the store that torchrun shares with them otherwise.
+    """
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, threading, time\n"
+        "def look():\n"
+        "    steps = Path(LOGS, 'a', 'checkpoints')\n"
+        "    while not list(steps.glob('step_00000002')):\n"
+        "        time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from pathlib import Path\n"
+        f"LOGS = {str(tmp_path)!r}\n"
+        f"if os.environ.get('RANK') == '{rank}' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+        ":\n    threading.Thread(target=look, daemon=True).start()\n"
+    )
+    words = flags(tmp_path, 2, model="LaSt-ViT-nano", resume="latest", epochs=2)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", "--nproc_per_node", "2", "--max-restarts=1", "-m", "--",
+        "training.main", *words,
+    ]  # fmt: skip
+    there = {
+        **os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'src'}",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=there, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert status(tmp_path / "a")["state"] == "finished"
+    assert "resumed from step_" in done.stderr
+    assert read_audit(tmp_path / "a") == read_audit(undisturbed(2))

@@ -1,4 +1,4 @@
-"""From a pattern to a manifest: what is found, counted, said, kept, refused; and the filters."""
+"""From a pattern to a manifest: what is found, counted, said, kept and refused."""
 
 import json
 import logging
@@ -8,17 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lazyclip.base.errors import UserError
 from tests.toy import caption_shards, write_shard
+from training.data import locate
 from training.data import manifest as manifests
-from training.data.filters import read_filter
 from training.data.locate import find, read_factors
 from training.data.manifest import load, report, save, verify
-from training.data.prepare import Wanted, prepare
+from training.data.prepare import Wanted, prepare, take_over, told
 from training.data.records import group
 from training.data.survey import How, survey_all
 from training.data.tar import members_in, memory
+from training.distributed import Place
+from training.params import TrainArgs
+from training.preflight import check_data
 
 PAIR = {"jpg": b"picture", "txt": b"caption"}
 
@@ -147,10 +151,10 @@ def test_everything_odd_is_said_with_its_remedy(tmp_path):
 
 def test_sidecars_are_compared(tmp_path):
     folder = tmp_path / "s"
-    for number, told in enumerate((3, 4, None)):
+    for number, successes in enumerate((3, 4, None)):
         write_shard(folder / f"0000{number}.tar", [PAIR] * 3)
-        if told:
-            text = json.dumps({"count": 9, "successes": told})
+        if successes:
+            text = json.dumps({"count": 9, "successes": successes})
             (folder / f"0000{number}_stats.json").write_text(text)
     write_shard(folder / "00003.tar", [PAIR])
     (folder / "00003_stats.json").write_text("{")
@@ -392,105 +396,6 @@ def test_a_folder_that_cannot_be_written_gets_its_manifest_elsewhere(tmp_path, m
     assert done.file.exists()
 
 
-def shard_with_json(path: Path, values: list) -> None:
-    samples = [
-        {"jpg": b"a", "json": value if isinstance(value, bytes) else json.dumps(value).encode(),
-         "txt": b" " + b"c" * i}
-        for i, value in enumerate(values)
-    ]  # fmt: skip
-    write_shard(path, samples)
-
-
-VALUES = [
-    {"similarity": 0.1, "NSFW": "UNLIKELY", "width": 300},
-    {"similarity": 0.3, "NSFW": "NSFW", "width": 256},
-    {"similarity": 0.5, "NSFW": "UNLIKELY", "width": 255},
-    {"similarity": None, "NSFW": "UNLIKELY", "width": "512"},
-    {"NSFW": None},
-    b"no json",
-    {"similarity": 0.4, "NSFW": "UNLIKELY", "width": 1000, "ok": True},
-]
-
-
-@pytest.mark.parametrize(
-    ("filters", "left"),
-    [
-        (("similarity>=0.3",), [1, 2, 6]), (("similarity > 0.3",), [2, 6]),
-        (("similarity<0.3",), [0]), (("NSFW==UNLIKELY",), [0, 2, 3, 6]),
-        (("NSFW!='UNLIKELY'",), [1]), (("width>=256",), [0, 1, 3, 6]),
-        (("caption_length>=5",), [5, 6]), (("caption_length<=1",), [0, 1]),
-        (("NSFW==UNLIKELY", "similarity>=0.3"), [2, 6]), (("ok==true",), [6]),
-        (("caption_length>=3", "width>=256"), [3, 6]),
-    ],
-)  # fmt: skip
-def test_filters_leave_what_passes_all_of_them(tmp_path, filters, left):
-    shard_with_json(tmp_path / "s" / "0.tar", VALUES)
-    plain = prepared(tmp_path / "s", tmp_path)
-    done = prepared(tmp_path / "s", tmp_path, filters=filters)
-    assert [ordinal for _, ordinal, _ in ordinals(done)] == left
-    assert done.manifest.samples == len(left)
-    assert done.manifest.sha256 != plain.manifest.sha256
-    assert done.file != plain.file
-    swapped = prepared(tmp_path / "s", tmp_path, filters=filters[::-1])
-    assert swapped.manifest.sha256 == done.manifest.sha256
-
-
-def test_what_a_filter_turned_away_is_said(tmp_path):
-    shard_with_json(tmp_path / "s" / "0.tar", VALUES)
-    done = prepared(tmp_path / "s", tmp_path, filters=("NSFW==UNLIKELY", "similarity>=0.3"))
-    lines = [line for line in report(done.manifest) if line.startswith("filtered")]
-    assert "NSFW==UNLIKELY (3 of 7 samples left out, 2 lack it)" in lines[0]
-    assert "similarity>=0.3 (2 of 7 samples left out, 3 lack it)" in lines[0]
-
-
-def test_a_kept_filtered_manifest_is_taken_while_its_base_is_the_same(tmp_path, monkeypatch):
-    shard_with_json(tmp_path / "s" / "0.tar", VALUES)
-    first = prepared(tmp_path / "s", tmp_path, filters=("width>=256",))
-    from training.data import filters as conditions
-
-    real = conditions.filtered
-    monkeypatch.setattr(conditions, "filtered", None)
-    assert prepared(tmp_path / "s", tmp_path, filters=("width>=256",)).file == first.file
-    monkeypatch.setattr(conditions, "filtered", real)
-    shard_with_json(tmp_path / "s" / "0.tar", VALUES * 2)
-    again = prepared(tmp_path / "s", tmp_path, filters=("width>=256",), rebuild=True)
-    assert again.manifest.samples == 2 * first.manifest.samples
-
-
-def test_filters_take_the_parquet_columns_where_they_can(tmp_path, monkeypatch):
-    import pandas
-
-    write_shard(tmp_path / "s" / "00000.tar", [PAIR] * 4, ["3", "1", "x", "0"])
-    (tmp_path / "s" / "00000.parquet").write_bytes(b"any")
-    rows = pandas.DataFrame(
-        {"key": ["0", "1", "2", "3"], "similarity": [0.1, 0.2, 0.3, 0.4], "status": "success"}
-    )
-    monkeypatch.setattr(pandas, "read_parquet", lambda file, columns: rows[columns])
-    done = prepared(tmp_path / "s", tmp_path, filters=("similarity>=0.2",))
-    assert [key for _, _, key in ordinals(done)] == ["3", "1"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("similarity", "is no condition"), ("similarity=0.3", "is no condition"),
-        (">=3", "is no condition"), ("NSFW>=UNLIKELY", "'UNLIKELY' is no number"),
-        ("width>nan", "no finite number"), ("a>=", "is no condition"),
-    ],
-)  # fmt: skip
-def test_conditions_that_mean_nothing_are_refused(text, message):
-    with pytest.raises(UserError, match=message):
-        read_filter(text)
-
-
-def test_a_field_that_no_sample_has_is_refused_with_those_there_are(tmp_path):
-    shard_with_json(tmp_path / "s" / "0.tar", VALUES)
-    with pytest.raises(UserError, match=r"no sample has a field 'similarty'.*known: similarity"):
-        prepared(tmp_path / "s", tmp_path, filters=("similarty>=0.3",))
-    with pytest.raises(UserError, match=r"leaves none of 7 samples"):
-        prepared(tmp_path / "s", tmp_path, filters=("width>=5000",))
-
-
 @pytest.mark.data
 def test_real_shards_give_what_their_statistics_say(shared_data, tmp_path):
     done = prepared(shared_data / "pairs", tmp_path, chunk=16, file=tmp_path / "m.npz")
@@ -509,3 +414,45 @@ def test_one_file_under_two_spellings_is_one_shard(tmp_path):
     shards, _ = find(spelt)
     assert pattern
     assert [(shard.path, shard.factor) for shard in shards] == [(file, 3)]
+
+
+def test_another_rank_takes_over_what_the_first_found_and_opens_no_shard(tmp_path, monkeypatch):
+    caption_shards(tmp_path / "s", shards=2, per_shard=5)
+    write_shard(tmp_path / "s" / "00002.tar.gz", [PAIR] * 5)
+    wanted = Wanted(str(tmp_path / "s"), tmp_path, "3", how=How(chunk=4))
+    first = prepare(wanted)
+    found = json.loads(json.dumps(told(first)))
+    monkeypatch.setattr("training.data.locate.is_gzip", None)  # it would be called
+    monkeypatch.setattr("training.data.prepare.find", None)
+    for look in (False, True):
+        taken = take_over(wanted, found, look)
+        assert taken.shards == first.shards
+        assert taken.manifest.sha256 == first.manifest.sha256
+        assert taken.file == first.file
+    first.shards[0].path.write_bytes(b"")
+    take_over(wanted, found, look=False)
+    with pytest.raises(UserError, match="1 shards are not what the manifest says"):
+        take_over(wanted, found, look=True)
+    with pytest.raises(UserError, match=r"is another one on .* than on rank 0's machine"):
+        take_over(wanted, {**found, "sha256": "0" * 64}, look=False)
+
+
+def test_a_machine_with_a_disk_of_its_own_indexes_its_own_shards(tmp_path):
+    caption_shards(tmp_path / "s", shards=2, per_shard=5)
+    wanted = Wanted(str(tmp_path / "s"), tmp_path)
+    found = told(prepare(wanted))
+    Path(found["file"]).unlink()
+    assert take_over(wanted, found, look=True).manifest.sha256 == found["sha256"]
+    assert Path(found["file"]).exists()
+
+
+def test_each_shard_is_looked_into_once_at_a_start(tmp_path, monkeypatch):
+    pattern = caption_shards(tmp_path / "s", shards=3, per_shard=4)
+    looks, real = [], locate.is_gzip
+    monkeypatch.setattr(locate, "is_gzip", lambda path: looks.append(path.name) or real(path))
+    args = TrainArgs(train_data=pattern, batch_size=4)
+    place = Place(0, 1, 0, torch.device("cpu"))
+    for _ in range(2):
+        looks.clear()
+        check_data(args, place)
+        assert sorted(looks) == ["00000.tar", "00001.tar", "00002.tar"]

@@ -12,15 +12,19 @@ from training.params import FOREIGN, FOREIGN_VALUES, TrainArgs, make_parser, par
 # The flags of `training.main`. People type these and scripts hold them: a change here is one of the
 # public interface and stands in the changelog.
 FLAG_TEXT = """
---accum-freq --audit --augment --batch-size --beta1 --beta2 --classes --config --dataset-resampled
+--accum-freq --allow-pipe --audit --augment --batch-size --beta1 --beta2 --classes --config
+--dataset-resampled
 --dataset-type --device --dry-run --filter --keep --lanes --loader --manifest --max-nonfinite
 --resume --save-every-minutes --torchcompile --train-data-upsampling-factors --watchdog-minutes
---epochs --eps --force-image-size --force-quick-gelu --gather-with-grad --grad-checkpointing
+--epochs --eps --force-image-size --force-quick-gelu --fsdp --gather-with-grad
+--global-batch --gpu --gpus --layer-decay --layer-decay-text --lr-image --lr-text --mfu
+--grad-checkpointing --no-fsdp
 --grad-clip-norm --help --last-eps --last-k --last-kernel --last-pooling --last-score --last-sigma
 --local-loss --lock-image --lock-image-unlocked-groups --lock-text --log-every-n-steps --logs --lr
 --max-bad-fraction --model --name --no-augment --precision --pretrained --probe-every --report-to
+--max-top1-drop
 --save-every --seed --templates --threads --train-data --train-num-samples --val-data
---val-num-samples --warmup --wd --workers
+--val-num-samples --warmup --wd --window --window-memory --workers
 """
 
 # Those of them that open_clip 3.3's trainer has too, with its spelling.
@@ -205,7 +209,7 @@ def test_an_unknown_key_names_the_file_and_the_nearest_key(tmp_path):
     assert text.startswith(f"{file}: unknown key 'batch_sise'; nearest: batch_size")
 
 
-@pytest.mark.parametrize("key", ["config", "dry_run"])
+@pytest.mark.parametrize("key", ["config", "dry_run", "gpus", "gpu", "mfu"])
 def test_a_recipe_cannot_hold_what_belongs_to_one_call(tmp_path, key):
     assert f"unknown key '{key}'" in error_of("--config", recipe(tmp_path, f"{key}: x\n"))
 
@@ -248,10 +252,14 @@ def test_an_unknown_recipe_is_named():
         ("--lr", "nan"), ("--wd", "-0.1"), ("--eps", "-1"), ("--beta1", "1"), ("--beta2", "-0.5"),
         ("--grad-clip-norm", "-1"), ("--max-bad-fraction", "-0.1"), ("--max-bad-fraction", "1.5"),
         ("--max-bad-fraction", "nan"), ("--train-num-samples", "0"), ("--val-num-samples", "0"),
-        ("--threads", "0"), ("--keep", "-1"), ("--lanes", "0"), ("--accum-freq", "0"),
+        ("--threads", "0"), ("--keep", "-1"), ("--lanes", "0"), ("--window", "0"),
+        ("--window-memory", "-1"), ("--accum-freq", "0"),
         ("--save-every-minutes", "-1"), ("--watchdog-minutes", "-1"), ("--max-nonfinite", "0"),
         ("--loader", "fast"), ("--audit", "all"), ("--force-image-size", "0"),
         ("--lock-image-unlocked-groups", "-1"),
+        ("--gpus", "0"), ("--gpu", "v100"), ("--global-batch", "0"), ("--lr-image", "-1"),
+        ("--lr-text", "nan"), ("--layer-decay", "1.1"), ("--layer-decay-text", "-0.5"),
+        ("--max-top1-drop", "0"), ("--max-top1-drop", "5"), ("--max-top1-drop", "nan"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_with_the_flag(flag, value):

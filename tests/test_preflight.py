@@ -373,8 +373,8 @@ def test_a_world_without_one_usable_sample_ends_the_run(tmp_path):
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
         # srun without a rendezvous address starts copies, not ranks.
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, (0, 1, 0)),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_ADDR": "a"},
-         (3, 8, 1)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_ADDR": "a",
+          "MASTER_PORT": "1"}, (3, 8, 1)),
         ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "4",
           "MASTER_ADDR": "a"}, (0, 2, 0)),
     ],

@@ -14,7 +14,7 @@ from tests.toy_run import CLASSES, TINY, Ran, losses, metrics, train, world
 from training import loop as loop_module
 from training.audit import read_audit
 from training.ledger import cut_back, read_lines
-from training.state import STATE_FILE
+from training.state import STATE_FILE, write_status
 
 STEPS = 7
 HOW = {"train_data": world, "train_num_samples": 28, "epochs": 2, "model": TINY, "save_every": 2,
@@ -139,6 +139,15 @@ def test_what_the_model_draws_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len({values[0] for values in drawn.values()}) == STEPS
 
 
+def status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """All files of a run but its status."""
+    return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "status.json"}
+
+
 def mistake(ran: Ran) -> str:
     assert ran.code == 2, ran.err
     return ran.err.splitlines()[-1]
@@ -151,18 +160,55 @@ def begun(tmp_path, monkeypatch) -> Path:
 
 
 def test_what_changes_the_run_is_refused_by_name(begun):
-    before = {p: p.read_bytes() for p in (begun / "a").rglob("*") if p.is_file()}
+    before = contents(begun / "a")
+    step = status(begun / "a")["step"]
     for changes, said in (
         ({"lr": 0.5}, "--lr 0.5 differs from the 0.0005 that step_00000004 was trained with"),
         ({"model": "ViT-nano"}, "--model ViT-nano differs from the LaSt-Toy-ViT"),
         ({"seed": 3}, "--seed 3 differs from the 0"),
-        ({"last_k": 3}, "--last-k 3 differs from the None"),
+        ({"last_k": 3}, "--last-k 3 does not fit step_00000004, which was trained without --last-k;"
+         " leave it out"),
+        ({"augment": None, "no_augment": True}, "--no-augment does not fit step_00000004, which"),
+        ({"lock_text": True}, "--lock-text does not fit step_00000004, which was trained without"),
         ({"batch_size": 4}, "--batch-size 4 on 1 rank contradicts the run's global batch of 8; "
          "leave it out or give --batch-size 8"),
         ({"batch_size": None, "accum_freq": 3}, "global batch of 8 cannot be shared by 1 rank x 3"),
     ):  # fmt: skip
-        assert said in mistake(train(begun, **how(resume="latest", **changes)))
-    assert {p: p.read_bytes() for p in (begun / "a").rglob("*") if p.is_file()} == before
+        told = mistake(train(begun, **how(resume="latest", **changes)))
+        assert said in told
+        assert contents(begun / "a") == before
+        found = status(begun / "a")
+        assert (found["state"], found["retryable"], found["step"]) == ("failed", False, step)
+        assert found["reason"] == told.replace("error: ", "UserError: ")
+
+
+@pytest.mark.parametrize(
+    ("state", "kept"), [("running", False), ("preempted", False), ("failed", False),
+                        ("finished", True), (None, False)],
+)  # fmt: skip
+def test_a_refused_start_says_so_but_a_finished_run_stays_finished(begun, state, kept):
+    file = begun / "a" / "status.json"
+    if state is None:
+        file.unlink()
+    else:
+        write_status(begun / "a", state, 4, "hang", retryable=True)
+    before = file.read_bytes() if state else b""
+    mistake(train(begun, **how(resume="latest", lr=0.5)))
+    assert (file.read_bytes() == before) == kept
+    if not kept:
+        found = status(begun / "a")
+        assert (found["state"], found["retryable"]) == ("failed", False)
+        assert found["reason"].startswith("UserError: --lr 0.5 differs")
+
+
+def test_a_plan_that_is_refused_and_a_name_that_is_no_run_leave_nothing(begun, tmp_path):
+    before = {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
+    mistake(train(begun, **how(resume="latest", lr=0.5, dry_run=True)))
+    mistake(train(begun, "never", **how(resume=begun / "none")))
+    assert train(begun, **how(resume="latest", dry_run=True)).code == 0
+    mistake(train(begun, "never", **how(resume="latest", lanes=3)))
+    assert {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()} == before
+    assert not (begun / "never").exists()
 
 
 def test_other_data_are_refused_by_the_manifests_hash(begun, tmp_path):

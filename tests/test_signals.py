@@ -14,7 +14,7 @@ import pytest
 from tests.toy_faults import flags, run, same_as_undisturbed
 from tests.toy_ranks import start, wait
 from tests.toy_run import train, world
-from training import loop, signals
+from training import distributed, loop, signals
 from training.audit import read_audit
 from training.main import main
 from training.probe import Probe
@@ -292,6 +292,57 @@ def test_patience_is_ten_usual_steps_but_no_less_than_asked_for(tmp_path, monkey
     off = Watchdog(tmp_path, 0, minutes=0)
     off.start()
     assert off._thread is None
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_save_slower_than_the_watchdogs_patience_is_waited_for(tmp_path, ranks):
+    plain = loop.save_checkpoint
+
+    def slow(*args, **kwargs):
+        time.sleep(2.5)
+        return plain(*args, **kwargs)
+
+    def before():
+        loop.save_checkpoint = slow
+
+    words = flags(tmp_path, ranks, watchdog_minutes=1.0 / 60, save_every=4)
+    assert run(ranks, words, tmp_path / "log", before) == [0] * ranks
+    assert status(tmp_path / "a")["state"] == "finished"
+    assert not list((tmp_path / "a").glob("stacks-*"))
+    same_as_undisturbed(tmp_path / "a", ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(("how", "code"), [("fails", 1), ("finishes", 0), ("is asked", 75)])
+def test_a_process_group_that_does_not_let_go_is_left_by_the_watchdog(tmp_path, how, code):
+    """As NCCL may, behind an error: the status stays what it was, and the rank ends."""
+    plain = loop.Loop._advance
+
+    def advance(self, fed):
+        if self.step == 3 and how == "fails":
+            raise MemoryError("on every rank")
+        if self.step == 3 and how == "is asked":
+            send("SIGTERM")
+        return plain(self, fed)
+
+    def never() -> None:
+        while True:
+            time.sleep(0.1)
+
+    def before():
+        loop.Loop._advance = advance
+        distributed.dist.destroy_process_group = never
+
+    words = flags(tmp_path, 2, watchdog_minutes=1.0 / 60)
+    assert run(2, words, tmp_path / "log", before) == [code] * 2
+    found = status(tmp_path / "a")
+    state = {"fails": "failed", "finishes": "finished", "is asked": "preempted"}[how]
+    assert found["state"] == state
+    assert found["reason"] != "hang"
+    assert "in never" in (tmp_path / "a" / "stacks-rank0.txt").read_text()
 
 
 ALL = os.environ.get("LAZYCLIP_TEST_FAULTS") == "1"

@@ -27,6 +27,7 @@ def test_a_checkpoint_holds_step_samples_optimiser_and_random_state_as_plain_typ
     assert set(state) == {
         "step", "samples", "dropped", "k", "optimizer", "random", "args", "seed", "global_batch",
         "lanes", "window", "manifest", "initial_weights", "read", "skips", "reasons",
+        "alarm",
     }  # fmt: skip
     assert (state["step"], state["samples"], state["dropped"]) == (4, 32, 0)
     record = json.loads((folder / "record.json").read_text())

@@ -13,9 +13,9 @@ from lazyclip.factory import build
 from tests.toy_models import pixels
 from tests.toy_ranks import in_ranks
 from tests.toy_run import TINY
+from training.assemble import wrap
 from training.distributed import Place
 from training.feed import Fed
-from training.main import wrap
 from training.objectives import contrastive_loss
 from training.step import Towers, backward, gradient_norm
 

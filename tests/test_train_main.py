@@ -207,7 +207,7 @@ def test_cropped_pictures_travel_as_bytes_and_train_as_floats_do(tmp_path, monke
 
     monkeypatch.setattr(ExactFeed, "steps", listening)
     fast = train(tmp_path, "fast", train_data=world(), model=TINY)
-    monkeypatch.setattr("training.main.fast_of", lambda transform: None)
+    monkeypatch.setattr("training.assemble.fast_of", lambda transform: None)
     slow = train(tmp_path, "slow", train_data=world(), model=TINY)
     assert set(kinds[:4]) == {torch.uint8}
     assert set(kinds[5:]) == {torch.float32}
@@ -300,11 +300,13 @@ def test_the_model_is_compiled_when_asked_for(tmp_path, monkeypatch):
 
 
 def test_checkpoints_by_the_clock_come_between_those_by_steps(tmp_path):
-    ran = train(tmp_path, train_data=world(), model=TINY, save_every_minutes=0, keep=0)
+    ran = train(tmp_path, train_data=world(), model=TINY, save_every_minutes=1e-9, keep=0)
     names = sorted(p.name for p in (ran.folder / "checkpoints").iterdir())
     assert names == [f"step_0000000{n}" for n in (1, 2, 3, 4)]
-    again = train(tmp_path, "b", train_data=world(), model=TINY, save_every_minutes=60)
-    assert [p.name for p in (again.folder / "checkpoints").iterdir()] == ["step_00000004"]
+    for name, minutes in (("b", 60), ("c", 0), ("d", None)):
+        again = train(tmp_path, name, train_data=world(), model=TINY, save_every_minutes=minutes)
+        assert [p.name for p in (again.folder / "checkpoints").iterdir()] == ["step_00000004"]
+    assert "checkpoint every 4 steps and 15 minutes" in again.err
 
 
 def test_a_run_goes_on_from_a_saved_model_and_its_pooling(tmp_path):

@@ -27,12 +27,16 @@ _PATIENT_GROUP: list[Any] = []
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where this process stands: its rank of world, its rank on the node, and its device."""
+    """Where this process stands: its rank of world, its rank on the node, and its device.
+
+    `planned`: the other ranks are only counted; there is nobody to talk to and nothing runs.
+    """
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
+    planned: bool = False
 
     @property
     def first(self) -> bool:
@@ -47,6 +51,18 @@ def _number(*names: str, default: int) -> int:
     return default
 
 
+def _check_meeting(by_slurm: bool) -> None:
+    """Refuse tasks of srun that would each train alone, into the same folder."""
+    tasks = _number("SLURM_STEP_NUM_TASKS", default=1)
+    if "RANK" not in os.environ and not by_slurm and tasks > 1:
+        raise UserError(
+            f"srun started {tasks} tasks and MASTER_ADDR is not set: each would train alone; use "
+            "slurm/train.sbatch, or export MASTER_ADDR (the first node) and MASTER_PORT"
+        )
+    if by_slurm and _number("SLURM_NTASKS", default=1) > 1 and "MASTER_PORT" not in os.environ:
+        raise UserError("MASTER_ADDR is set and MASTER_PORT is not; export MASTER_PORT=29500")
+
+
 def find_place(device: str | None) -> Place:
     """Read this process's place from the environment.
 
@@ -54,11 +70,13 @@ def find_place(device: str | None) -> Place:
         device: `cuda`, `cpu`, or None for CUDA where there is one.
 
     Raises:
-        UserError: CUDA asked for and not there, or more ranks on a node than GPUs.
+        UserError: CUDA asked for and not there, more ranks on a node than GPUs, or several tasks
+            of srun that were not told where to meet.
     """
     # torchrun sets RANK and WORLD_SIZE; srun without torchrun sets SLURM's, and counts as ranks
     # only where a rendezvous address was given with it.
     by_slurm = "RANK" not in os.environ and "MASTER_ADDR" in os.environ
+    _check_meeting(by_slurm)
     rank = _number("RANK", *(["SLURM_PROCID"] if by_slurm else []), default=0)
     world = _number("WORLD_SIZE", *(["SLURM_NTASKS"] if by_slurm else []), default=1)
     local = _number("LOCAL_RANK", *(["SLURM_LOCALID"] if by_slurm else []), default=0)
@@ -69,6 +87,10 @@ def find_place(device: str | None) -> Place:
         raise UserError(f"--device {kind} is not known here; use cuda or cpu")
     if not torch.cuda.is_available():
         raise UserError(f"--device {kind}: no CUDA device is visible; use --device cpu")
+    if by_slurm and torch.cuda.device_count() == 1:
+        # Under --gpus-per-task each task sees its own GPU alone, as number 0. Tasks that share one
+        # by mistake are told so by NCCL.
+        return Place(rank, world, local, torch.device("cuda", 0))
     if local >= torch.cuda.device_count():
         raise UserError(
             f"rank {local} of this node has no GPU, {torch.cuda.device_count()} are visible; lower "
@@ -82,7 +104,7 @@ def process_group(place: Place) -> Iterator[None]:
     """Hold a process group (NCCL on CUDA, gloo on the CPU) where there are several ranks."""
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
-    if place.world == 1:
+    if place.world == 1 or place.planned:
         yield
         return
     backend = "nccl" if place.device.type == "cuda" else "gloo"
@@ -102,7 +124,7 @@ def _patient() -> Any:
 
 def from_first(value: Any, place: Place) -> Any:
     """Return rank 0's value of a plain object on every rank; waits as long as rank 0 takes."""
-    if place.world == 1:
+    if place.world == 1 or place.planned:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_patient())

@@ -24,20 +24,24 @@ from lazyclip.base.checkpoint import NotWholeError, newest_whole
 from lazyclip.base.errors import UserError
 from lazyclip.base.logs import MetricsWriter
 from lazyclip.factory import ModelInfo
+from lazyclip.weights import trained_pooling
 
+from .alarm import Alarm
 from .audit import Audit
 from .distributed import Place, agree, counted, first_alone, from_first, gathered
 from .feed import Bad, Fed, Feed, labels, reasons_of
 from .ledger import Ledger
 from .nonfinite import NotFinite, Skips
-from .optim import learning_rate
+from .optim import learning_rate, peaks_of, set_rates
 from .params import TrainArgs
 from .preflight import Plan
 from .probe import Probe
 from .report import Curves, Point, Reporter, Window, bearing_a_full_disk
 from .resume import Resumed, read_checkpoint, restore
+from .sharded import Sharded, in_one_piece
 from .signals import Asked, Preempted
 from .state import (
+    HasState,
     Progressed,
     random_states,
     restore_random_states,
@@ -60,7 +64,7 @@ class Run:
 
     Fields, beside what their types say: folder, LOGS/NAME on every rank, or None where nothing is
     kept; metrics and curves, rank 0's, else None; facts, what a checkpoint must repeat; before,
-    scores and losses of the steps before a resumed one.
+    scores and losses of the steps before a resumed one; sharded, where the model lies in shares.
     """
 
     args: TrainArgs
@@ -82,6 +86,7 @@ class Run:
     before: tuple[dict[str, Any], ...] = ()
     asked: Asked = dataclasses.field(default_factory=Asked)
     watchdog: Watchdog | None = None
+    sharded: Sharded | None = None
 
 
 class Loop:
@@ -94,6 +99,10 @@ class Loop:
         self.dropped: Counter[str] = Counter()
         self.skips = Skips(run.args.max_nonfinite)
         self.top1 = [(m["step"], m["probe/top1"]) for m in run.before if "probe/top1" in m]
+        self.alarm: Alarm | None = None
+        if run.probe is not None:
+            own = trained_pooling(run.args.model, run.args.pretrained)
+            self.alarm = Alarm(run.probe, run.args.max_top1_drop, own)
         self._named = 0
         self._fresh: list[Bad] = []
         self._bad = self._read = 0
@@ -107,6 +116,7 @@ class Loop:
         self._audit: Audit | None = None
         if run.args.audit and run.folder:
             self._audit = Audit(run.folder, run.place, run.feed.names, run.args.audit == "ids")
+        self._peaks = peaks_of(run.optimizer)  # before a checkpoint's rates take their place
         if run.resumed is not None:
             self._go_on(run.resumed)
         self._saved_at = time.perf_counter()
@@ -114,10 +124,12 @@ class Loop:
 
     def _go_on(self, resumed: Resumed) -> None:
         state, place = resumed.state, self.run_.place
-        restore(resumed, self.run_.model, self.run_.optimizer)
+        restore(resumed, self.run_.model, self.run_.optimizer, self.run_.sharded)
         self.step = resumed.step
         self._bad, self._read = int(state["dropped"]), int(state["read"])
         self.skips.restore(state["skips"])
+        if self.alarm is not None:
+            self.alarm.restore(state.get("alarm"))
         if place.first:  # sums over the ranks stay right
             self.dropped.update(state["reasons"])
         states = state["random"]
@@ -159,15 +171,15 @@ class Loop:
             This rank's loss; whether somebody asked to end; whether a checkpoint is due by time.
         """
         run, args = self.run_, self.run_.args
-        rate = learning_rate(self.step, steps=run.plan.steps, warmup=run.plan.warmup, peak=args.lr)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
+        set_rates(
+            run.optimizer, self._peaks, self.step, steps=run.plan.steps, warmup=run.plan.warmup
+        )
         run.optimizer.zero_grad(set_to_none=True)
         loss = backward(self.towers, fed)
         norm = gradient_norm(run.model, args.grad_clip_norm)
         finite = bool((loss.isfinite() & norm.isfinite()).item())
         minutes = args.save_every_minutes
-        due = minutes is not None and time.perf_counter() - self._saved_at >= 60 * minutes
+        due = bool(minutes) and time.perf_counter() - self._saved_at >= 60 * (minutes or 0)
         hidden = 0 if fed.masked is None else int(fed.masked.sum())
         asked, broken, saving, bad, read, masked = agree(
             [bool(run.asked), not finite, due and run.place.first, len(fed.bad), fed.read, hidden],
@@ -235,7 +247,7 @@ class Loop:
                 "lower --lr, pass --grad-clip-norm 1.0, or use --precision fp32"
             )
         older = read_checkpoint(Path(found))
-        restore(older, run.model, run.optimizer)
+        restore(older, run.model, run.optimizer, run.sharded)
         log.warning(
             "weights and optimiser of step %d are back; steps %d to %d count for nothing",
             older.step, older.step + 1, number,
@@ -255,24 +267,25 @@ class Loop:
         if not run.place.first:
             return
         scale = float(run.model.logit_scale.detach().exp())  # type: ignore[operator]
+        rate = learning_rate(
+            self.step - 1, steps=run.plan.steps, warmup=run.plan.warmup, peak=run.args.lr
+        )
         point = Point(
-            self.step, mean, float(run.optimizer.param_groups[0]["lr"]), scale,
+            self.step, mean, rate, scale,
             time.perf_counter() - window.start, self._bad, self._read, self.skips.total,
         )  # fmt: skip
         self.reporter.step(point, window)
 
     def _measure(self) -> None:
-        run = self.run_
-        if run.probe is None:
+        if self.alarm is None:
             return
-        top1 = run.probe.top1(run.model)
-        self.top1.append((self.step, top1))
-        if run.place.first:
-            log.info(
-                "Zero-shot step %d: top1 %.1f %% (chance %.1f %%)",
-                self.step, 100 * top1, 100 * run.probe.chance,
-            )  # fmt: skip
-            self.reporter.file(self.step, {"probe/top1": top1})
+        run = self.run_
+        # Ranks score shares of several lengths, so the model must compute without the others.
+        with in_one_piece(run.sharded, run.model, run.place.device) as model:
+            values = self.alarm.measure(self.step, model)
+        self.top1.append((self.step, values["probe/top1"]))
+        if self.run_.place.first:
+            self.reporter.file(self.step, values)
 
     def _save(self, asked: bool = False) -> str | None:
         """Save a checkpoint; returns why it could not be done, None where it was.
@@ -298,21 +311,28 @@ class Loop:
         )  # fmt: skip
         more = {
             **run.facts, "read": self._read, "skips": self.skips.state(),
+            "alarm": None if self.alarm is None else self.alarm.state(),
             "reasons": dict(counted(self.dropped, run.place)),
             "random": gathered(random_states(), run.place),
         }  # fmt: skip
-        failed = None
-        if run.place.first:
-            failed = self._write(run.folder, done, more)
-        failed = from_first(failed, run.place)
+        first, failed = run.place.first, None
+        held: HasState = run.optimizer
+        with in_one_piece(run.sharded, run.model, torch.device("cpu"), first) as model:
+            if run.sharded is not None:
+                held = run.sharded.optimizer_state(run.optimizer, first)
+            if first:
+                failed = self._write(run.folder, done, more, model, held)
+            failed = from_first(failed, run.place)
         self._saved_at = time.perf_counter()
         return failed
 
-    def _write(self, folder: Path, done: Progressed, more: dict[str, Any]) -> str | None:
+    def _write(
+        self, folder: Path, done: Progressed, more: dict[str, Any], model: nn.Module, held: HasState
+    ) -> str | None:
         run = self.run_
         try:
             saved = save_checkpoint(
-                folder, done, run.model, run.info, run.optimizer, run.record, more, run.args.keep
+                folder, done, model, run.info, held, run.record, more, run.args.keep
             )
             write_status(folder, "running", self.step)
         except (OSError, NotWholeError, RuntimeError, SafetensorError) as error:
@@ -395,10 +415,13 @@ class Loop:
         # when the run goes on from there.
         if probed:
             self._measure()
-        if save:
+        fallen = probed and self.alarm is not None and self.alarm.fallen is not None
+        if save or fallen:
             watchdog = self.run_.watchdog
             with watchdog.paused() if watchdog else contextlib.nullcontext():
-                failed = self._save(asked)
+                failed = self._save(asked or fallen)
             if asked:
                 raise Preempted(f"not saved: {failed}" if failed else "saved")
+        if fallen and self.alarm is not None:
+            self.alarm.refuse_fall()
         return report or probed

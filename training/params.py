@@ -18,6 +18,8 @@ from lazyclip.poolflags import POOL_FLAGS
 
 from .foreign import FOREIGN, FOREIGN_VALUES
 
+# What belongs to one call.
+NOT_IN_RECIPES = ("config", "dry_run", "gpus", "gpu", "mfu")
 EXAMPLE = (
     "python -m training.main --model LaSt-ViT-B-16 --pretrained openai "
     '--train-data "laion/{00000..00099}.tar"'
@@ -55,6 +57,10 @@ class TrainArgs:
     lanes: int | None = _flag(
         "data", "streams the data are cut into (default: the most up to 384 that fit)"
     )
+    window: int | None = _flag(
+        "data", "chunks a lane shuffles together (default: 8, or what --window-memory allows)"
+    )
+    window_memory: float = _flag("data", "GiB that the windows of a rank may take", 4.0)
     filter: tuple[str, ...] = _flag(
         "data", "condition on the json or parquet, such as similarity>=0.3; may come again", ()
     )
@@ -63,6 +69,9 @@ class TrainArgs:
     )
     dataset_resampled: bool = _flag(
         "data", "draw shards with replacement (sequential loader)", False
+    )
+    allow_pipe: bool = _flag(
+        "data", "run the shell commands of pipe: sources (sequential loader)", False
     )
     val_data: str | None = _flag("data", "shards with classes, for zero-shot top-1 while training")
     val_num_samples: int | None = _flag("data", "images of --val-data to score (default: all)")
@@ -81,11 +90,23 @@ class TrainArgs:
     lock_image_unlocked_groups: int = _flag("model", "layer groups at its end left trainable", 0)
     lock_text: bool = _flag("model", "freeze the text tower", False)
     grad_checkpointing: bool = _flag("model", "trade time for memory", False)
+    fsdp: bool = _flag(
+        "model", "spread weights, gradients and optimiser over the ranks (FSDP2)", False, off=True
+    )
     torchcompile: bool = _flag("model", "compile the towers with torch.compile", False)
     batch_size: int = _flag("optimisation", "samples per GPU (rank) and step", 64)
+    global_batch: int | None = _flag(
+        "optimisation", "samples per step, all ranks together, in place of --batch-size"
+    )
     accum_freq: int = _flag("optimisation", "such batches in one step, as one large batch", 1)
     epochs: int = _flag("optimisation", "passes of --train-num-samples", 32)
     lr: float = _flag("optimisation", "peak learning rate", 5e-4)
+    lr_image: float | None = _flag("optimisation", "that of the image tower (default: --lr)")
+    lr_text: float | None = _flag("optimisation", "that of the text tower (default: --lr)")
+    layer_decay: float = _flag(
+        "optimisation", "factor on the image tower's rate for each layer below its end", 1.0
+    )
+    layer_decay_text: float = _flag("optimisation", "the same for the text tower", 1.0)
     beta1: float = _flag("optimisation", "Adam beta 1", 0.9)
     beta2: float = _flag("optimisation", "Adam beta 2, the same for every model", 0.98)
     eps: float = _flag("optimisation", "Adam epsilon, the same for every model", 1e-6)
@@ -109,7 +130,12 @@ class TrainArgs:
     )
     name: str | None = _flag("run", "of the run (default: model and start time)")
     save_every: int | None = _flag("run", "steps between checkpoints (default: one epoch)")
-    save_every_minutes: float | None = _flag("run", "minutes between further checkpoints")
+    save_every_minutes: float | None = _flag(
+        "run",
+        "minutes between further checkpoints; the square root of 2 x the time of a save x the time "
+        "between interruptions loses least: 15 for 30 s and 4 h; 0: none",
+        15.0,
+    )
     keep: int = _flag("run", "newest checkpoints kept, beside each 10,000th step; 0 keeps all", 3)
     resume: str | None = _flag("run", "latest (of --name), or a checkpoint's folder")
     audit: str | None = _flag(
@@ -123,13 +149,27 @@ class TrainArgs:
     probe_every: int | None = _flag(
         "run", "steps between zero-shot scores, with --val-data (default: one epoch)"
     )
+    max_top1_drop: float | None = _flag(
+        "run", "share by which zero-shot top-1 may fall below the run's best before the run is "
+        "ended, such as 0.05 (default: a fall of 0.05 is only said)"
+    )  # fmt: skip
     report_to: str = _flag(
         "run", "tensorboard, none, or auto (tensorboard where installed)", "auto",
         choices=("auto", "tensorboard", "none"),
     )  # fmt: skip
     device: str | None = _flag("run", "cuda or cpu (default: cuda where there is one)")
     threads: int | None = _flag("run", "CPU threads per rank (default: torch's choice)")
-    dry_run: bool = _flag("run", "print the plan and end", False)
+    dry_run: str | None = _flag(
+        "run", "print the plan and what it costs, and end; with FILE.json: into it as well",
+        bare="print",
+    )  # fmt: skip
+    gpus: int | None = _flag(
+        "run", "plan for so many GPUs elsewhere (--dry-run): no weights are read, data if named"
+    )
+    gpu: str | None = _flag(
+        "run", "the GPU that --dry-run reckons with (default: a100)", choices=("a100", "h100")
+    )
+    mfu: float | None = _flag("run", "share of its peak that --dry-run reckons with (default: 0.3)")
     config: str | None = _flag("run", "a recipe: a YAML file or a name in configs/recipes")
     last_pooling: str | None = _flag("pooling", "")
     last_k: str | None = _flag("pooling", "")
@@ -184,7 +224,9 @@ def make_parser() -> argparse.ArgumentParser:
         shown = "" if field.default in (None, False, True) else f" (default: {field.default})"
         flag = "--" + name.replace("_", "-")
         if isinstance(field.default, bool):
-            action: Any = argparse.BooleanOptionalAction if field.default else "store_true"
+            action: Any = "store_true"
+            if field.default or "off" in field.metadata:
+                action = argparse.BooleanOptionalAction
             groups[group].add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
             continue
         more: dict[str, Any] = {}
@@ -265,7 +307,7 @@ def read_recipe(name: str, nested: bool = False) -> dict[str, object]:
             below = file.parent / base
             values = {**read_recipe(str(below) if below.is_file() else base, True), **values}
             continue
-        if plain not in _fields() or plain in ("config", "dry_run"):
+        if plain not in _fields() or plain in NOT_IN_RECIPES:
             raise UserError(f"{file}: unknown key '{key}'; {nearest(plain, _fields())}")
         values[plain] = _check_value(plain, value, file)
     return values
@@ -308,20 +350,32 @@ def check_ranges(args: TrainArgs) -> None:
     """Check each setting by itself; raises `UserError` with the flag and what it takes."""
     _check_choices(args)
     least = {
-        "batch_size": 1, "epochs": 1, "workers": 0, "log_every_n_steps": 1, "save_every": 1,
-        "probe_every": 1, "warmup": 0, "train_num_samples": 1, "val_num_samples": 1, "threads": 1,
-        "force_image_size": 1, "lr": 0.0, "wd": 0.0, "eps": 0.0, "max_bad_fraction": 0.0,
+        "gpus": 1, "batch_size": 1, "global_batch": 1, "epochs": 1, "workers": 0, "save_every": 1,
+        "log_every_n_steps": 1, "probe_every": 1, "warmup": 0, "train_num_samples": 1,
+        "val_num_samples": 1, "threads": 1, "force_image_size": 1, "lr": 0.0,
+        "lr_image": 0.0, "lr_text": 0.0, "wd": 0.0, "eps": 0.0, "max_bad_fraction": 0.0,
         "lock_image_unlocked_groups": 0, "grad_clip_norm": 0.0, "lanes": 1, "accum_freq": 1,
+        "window": 1, "window_memory": 0.0,
         "keep": 0, "save_every_minutes": 0.0, "watchdog_minutes": 0.0, "max_nonfinite": 1,
     }  # fmt: skip
     for key, low in least.items():
         value = getattr(args, key)
         if value is not None and not value >= low:
             raise UserError(f"--{key.replace('_', '-')} {value} is too small; use {low} or more")
+    for key in ("layer_decay", "layer_decay_text"):
+        if not 0 <= getattr(args, key) <= 1:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(args, key):g} is outside 0..1 (1: off)")
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)} is outside 0..1 (1 excluded)")
+    if args.max_top1_drop is not None and not 0 < args.max_top1_drop <= 1:
+        raise UserError(
+            f"--max-top1-drop {args.max_top1_drop:g} is no share above 0; 0.05 means 5 points"
+        )
     if args.max_bad_fraction > 1:
         raise UserError(f"--max-bad-fraction {args.max_bad_fraction} is a share; use 0..1")
+    if args.fsdp and args.torchcompile:
+        raise UserError("--fsdp with --torchcompile is not offered; drop one of the two")
     if args.lock_image and args.lock_text:
         raise UserError("--lock-image and --lock-text together leave nothing to train; drop one")

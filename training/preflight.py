@@ -11,24 +11,27 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import lazyclip
 from lazyclip.base.errors import UserError
 from lazyclip.base.record import git_state, versions
 from lazyclip.factory import ModelInfo
 from lazyclip.shards import class_index_of, expand, iterate_samples
+from lazyclip.weights import trained_size
 from lazyclip.zeroshot import ClassList, read_classes, templates
 
 from .data.chunks import Reader
 from .data.exact import Exact
 from .data.manifest import report
-from .data.order import check_lanes, lanes_for
-from .data.prepare import Wanted, prepare
+from .data.order import WINDOW, check_lanes, lanes_for
+from .data.prepare import Prepared, Wanted, prepare, take_over, told
 from .data.sources import LOOK_AT, Source, open_source
 from .data.survey import How
 from .distributed import Place, first_alone
 from .optim import default_warmup
 from .params import EXAMPLE, TrainArgs
+from .runlock import in_use, living
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +85,26 @@ def check_name(args: TrainArgs) -> None:
         return
     if not re.fullmatch(r"[\w.,=+-]+", args.name):
         raise UserError(f"--name {args.name} is no folder name; use letters, digits and ._,=+-")
-    folder = Path(args.logs) / args.name
-    if args.resume is None and in_use(folder):
+    if args.resume is None:
+        check_unused(Path(args.logs) / args.name)
+
+
+def check_unused(folder: Path, locked: bool = False) -> None:
+    """Check that a folder holds no run.
+
+    Args:
+        folder: LOGS/NAME.
+        locked: by this process itself.
+
+    Raises:
+        UserError: it does; names the process where that run is alive.
+    """
+    if in_use(folder):
         raise UserError(
-            f"{folder} exists; go on with it by --resume latest, or give another --name or --logs"
+            (None if locked else living(folder))
+            or f"{folder} exists; go on with it by --resume latest, or give another --name or "
+            "--logs"
         )
-
-
-def in_use(folder: Path) -> bool:
-    """Tell whether a run's folder holds anything but an index of shards."""
-    if not folder.is_dir():
-        return folder.exists()
-    return any(not p.name.startswith(("manifest-", "unpacked")) for p in folder.iterdir())
 
 
 def has_tensorboard() -> bool:
@@ -116,18 +127,23 @@ def default_name(args: TrainArgs) -> str:
 def check_data(args: TrainArgs, place: Place) -> Data:
     """Find and check the training shards; the exact loader's are indexed where they were not."""
     if not args.train_data:
+        if args.dry_run and args.train_num_samples:
+            return Data(args.train_num_samples, None, None, ("no --train-data: not looked at",))
         raise UserError(f"--train-data is missing; an example: {EXAMPLE}")
     if args.loader == "exact":
-        if args.dataset_resampled:
-            raise UserError("--dataset-resampled has no passes; add --loader sequential")
+        for flag in ("dataset_resampled", "allow_pipe"):
+            if getattr(args, flag):
+                why = "has no passes" if flag == "dataset_resampled" else "streams"
+                name = flag.replace("_", "-")
+                raise UserError(f"--{name} {why}; add --loader sequential")
         return _exact_data(args, place)
-    for flag in ("lanes", "manifest", "filter", "audit", "resume"):
+    for flag in ("lanes", "window", "manifest", "filter", "audit", "resume"):
         if getattr(args, flag):
             raise UserError(f"--{flag} needs the exact loader; leave --loader sequential out")
     lanes = place.world * max(args.workers, 1)
     source = open_source(
         args.train_data, args.train_num_samples, args.dataset_resampled, lanes, args.workers,
-        args.train_data_upsampling_factors,
+        args.train_data_upsampling_factors, args.allow_pipe,
     )  # fmt: skip
     drawn = ", drawn with replacement" if source.resampled else ""
     return Data(
@@ -147,24 +163,74 @@ def _exact_data(args: TrainArgs, place: Place) -> Data:
         Path(args.manifest) if args.manifest else None,
         How(processes=min(8, os.cpu_count() or 1)),
     )  # fmt: skip
-    # Rank 0 builds what is missing; then everybody finds it.
-    first_alone(lambda: prepare(wanted).manifest.samples, place)
-    prepared = prepare(wanted)
+    prepared = _prepared(wanted, place)
     manifest = prepared.manifest
-    exact = Exact(Reader(manifest, prepared.shards), lanes)
+    exact = Exact(Reader(manifest, prepared.shards), lanes, args.window or WINDOW)
+    exact, lowered = _capped(exact, args, place)
     order = exact.order(args.seed)
     if total > order.samples:
         raise UserError(
             f"the global batch of {total} is larger than a pass of {order.samples} samples: some "
             "would stand in it twice; lower --batch-size"
         )
+    first, *others = report(manifest)
     lines = [
-        f"exact loader, {report(manifest)[0]}",
+        f"exact loader, {first}",
         f"order: {lanes} lanes, windows of at most {exact.window_bytes(place.world) / 2**20:,.0f} "
-        "MiB per rank",
-        *report(manifest)[1:],
+        f"MiB per rank ({exact.window} chunks a lane)",
+        *lowered,
+        *others,
     ]
     return Data(args.train_num_samples or order.samples, None, exact, tuple(lines))
+
+
+def _prepared(wanted: Wanted, place: Place) -> Prepared:
+    """Let rank 0 look at the shards and index them; the others take what it found."""
+    mine: list[Prepared] = []
+
+    def look() -> dict[str, Any]:
+        mine.append(prepare(wanted))
+        return told(mine[0])
+
+    found = first_alone(look, place)
+    return mine[0] if mine else take_over(wanted, found, look=place.local_rank == 0)
+
+
+def _capped(exact: Exact, args: TrainArgs, place: Place) -> tuple[Exact, list[str]]:
+    """Keep the windows within `--window-memory`, by a smaller one where the order is still free.
+
+    Raises:
+        UserError: the order is fixed, by `--window` or by what the run began with, or a window of
+            one chunk is too large.
+    """
+    most = args.window_memory * 2**30
+    fits = exact.within(most, place.world)
+    if fits is exact:
+        return exact, []
+    free = args.window is None
+    if fits is not None and free:
+        return fits, [
+            f"order: {_windows(exact, args, place)}: the window is lowered to {fits.window}; give "
+            f"--window {fits.window} to runs on another number of ranks that shall see this order"
+        ]
+    least = dataclasses.replace(exact, window=1) if free else exact
+    more = math.ceil(100 * least.window_bytes(place.world) / 2**30) / 100
+    ways = [f"use --window-memory {more:g}", "more ranks"]
+    if args.resume is None:
+        ways += ["fewer --lanes", *([f"--window {fits.window}"] if fits else [])]
+    raise UserError(
+        f"{_windows(least, args, place)}; {' or '.join([', '.join(ways[:-1]), ways[-1]])}"
+    )
+
+
+def _windows(exact: Exact, args: TrainArgs, place: Place) -> str:
+    need = exact.window_bytes(place.world) / 2**30
+    chunks = f"{exact.window} chunk" + ("s" if exact.window > 1 else "")
+    each = f"each of {place.world} ranks" if place.world > 1 else "the one rank"
+    return (
+        f"windows of {chunks} in {exact.lanes} lanes take {need:.2f} GiB on {each}, and "
+        f"--window-memory allows {args.window_memory:g}"
+    )
 
 
 def global_batch(args: TrainArgs, place: Place) -> int:
@@ -179,6 +245,8 @@ def check_val(args: TrainArgs) -> ValData | None:
         UserError: one of `--val-data` and `--classes` without the other, or not to be read.
     """
     if not args.val_data:
+        if args.max_top1_drop is not None:
+            raise UserError("--max-top1-drop needs scores to fall: add --val-data and --classes")
         if args.classes:
             raise UserError("--classes without --val-data names classes of no pictures; add it")
         return None
@@ -273,14 +341,24 @@ def describe(
     pooling = ", ".join(f"{key} {value}" for key, value in shown.items())
     ranks = f"{place.world} rank" + ("s" if place.world > 1 else "")
     held = args.pretrained or ("its own" if info.weights_sha256 else "random")
+    held += " (not read)" if place.planned and args.pretrained else ""
+    size = f"{info.image_size[0]} x {info.image_size[1]} px"
+    before = None if args.resume else trained_size(args.model, args.pretrained)
+    if before not in (None, info.image_size):
+        size += f" (positions interpolated from {before[0]} x {before[1]})"
     lines = [
         "versions: " + ", ".join(f"{name} {version}" for name, version in known.items()),
         f"code: {Path(lazyclip.__file__).parent}, commit {git['commit'] or 'unknown'}"
         + (" with changes" if git["dirty"] else ""),
-        f"device: {place.device}, {ranks}, precision {precision}",
+        (
+            f"planned for {place.world} GPUs, "
+            if place.planned
+            else f"device: {place.device}, {ranks}, "
+        )
+        + f"precision {precision}",
         f"model: {info.name}, weights {held}, {info.parameters:,} "
-        f"parameters ({trainable:,} trained), activation {info.activation}, image "
-        f"{info.image_size[0]} x {info.image_size[1]} px, {info.grid[0]} x {info.grid[1]} patches",
+        f"parameters ({trainable:,} trained), activation {info.activation}, image {size}, "
+        f"{info.grid[0]} x {info.grid[1]} patches",
         f"pooling: {pooling}",
         *_data_lines(data, plan),
         _plan_line(args, plan, place),
@@ -302,9 +380,11 @@ def _data_lines(data: Data, plan: Plan) -> list[str]:
 
 def _plan_line(args: TrainArgs, plan: Plan, place: Place) -> str:
     pieces = f" x {args.accum_freq} pieces" if args.accum_freq > 1 else ""
+    minutes = args.save_every_minutes
+    clock = f" and {minutes:g} minutes" if minutes else ""
     return (
         f"plan: {plan.steps:,} steps of {plan.global_batch} samples ({args.batch_size} per rank x "
         f"{place.world}{pieces}) = {plan.samples:,} samples seen; warm-up {plan.warmup} steps "
         f"({100 * plan.warmup / plan.steps:.1f} %); lr {args.lr:g}, weight decay {args.wd:g}; "
-        f"checkpoint every {plan.save_every} steps"
+        f"checkpoint every {plan.save_every} steps{clock}"
     )

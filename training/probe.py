@@ -49,6 +49,7 @@ class Probe:
         self.val, self.transform, self.tokenizer = val, transform, tokenizer
         self.place, self.batch_size, self.limit = place, batch_size, limit
         self.alive = alive
+        self.images = 0  # scored last time, by all ranks
 
     @property
     def chance(self) -> float:
@@ -117,4 +118,5 @@ class Probe:
             raise UserError(
                 "--val-data holds no image with a class; its json needs class_index, or add KEY.cls"
             )
+        self.images = int(seen)
         return correct / seen

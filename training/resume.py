@@ -22,16 +22,18 @@ from lazyclip.factory import Built, ModelInfo
 from lazyclip.weights import WEIGHT_FILE
 
 from .params import Parsed, TrainArgs, check_ranges
+from .sharded import Sharded
 from .state import STATE_FILE
 
 log = logging.getLogger(__name__)
 # What may change from start to start: where and how fast a run runs, not what it computes.
 FREE = {
-    "train_data", "manifest", "workers", "max_bad_fraction", "batch_size", "accum_freq", "logs",
-    "name", "save_every", "save_every_minutes", "keep", "resume", "audit", "watchdog_minutes",
-    "log_every_n_steps", "report_to", "device", "threads", "dry_run", "config", "local_loss",
-    "gather_with_grad", "grad_checkpointing", "torchcompile", "max_nonfinite", "val_data",
-    "val_num_samples", "classes", "templates", "probe_every",
+    "train_data", "manifest", "window_memory", "allow_pipe", "workers", "max_bad_fraction",
+    "batch_size", "global_batch", "accum_freq", "logs", "name", "save_every",
+    "save_every_minutes", "keep", "resume", "audit", "watchdog_minutes", "log_every_n_steps",
+    "report_to", "device", "threads", "dry_run", "gpus", "gpu", "mfu", "config", "local_loss",
+    "gather_with_grad", "grad_checkpointing", "torchcompile", "fsdp", "max_nonfinite",
+    "val_data", "val_num_samples", "classes", "templates", "probe_every", "max_top1_drop",
 }  # fmt: skip
 
 
@@ -137,34 +139,64 @@ def settings(parsed: Parsed, resumed: Resumed, world: int) -> TrainArgs:
     known = {field.name for field in dataclasses.fields(TrainArgs)}
     recorded = {k: v for k, v in resumed.state["args"].items() if k in known}
     recorded["filter"] = tuple(recorded["filter"])
+    # What the run chose by itself, and what its order follows from.
+    chosen = {name: int(resumed.state[name]) for name in ("lanes", "window")}
+    before = {**dataclasses.asdict(TrainArgs()), **recorded, **chosen}
     for name, value in parsed.given.items():
-        if name not in FREE and value != recorded[name]:
-            flag = f"--{name.replace('_', '-')}"
+        if name not in FREE and value != before[name]:
             raise UserError(
-                f"{flag} {_shown(value)} differs from the {_shown(recorded[name])} that "
-                f"{resumed.folder.name} was trained with; leave it out, or start a new run without "
-                "--resume"
+                f"{_differs(name, value, before[name], resumed.folder.name)}; leave it out, or "
+                "start a new run without --resume"
             )
     free = {name: value for name, value in parsed.given.items() if name in FREE}
-    args = TrainArgs(**{**recorded, "resume": None, "dry_run": False, **free})
-    args = dataclasses.replace(args, name=args.name if "name" in free else recorded_name(resumed))
-    if "logs" not in free and parsed.args.resume != "latest":
-        args = dataclasses.replace(args, logs=str(resumed.folder.parent.parent.parent))
+    args = TrainArgs(**{**recorded, "resume": None, "dry_run": None, **free})
+    run = run_folder(parsed) or _goes_to(parsed, resumed.folder.parent.parent)
     args = dataclasses.replace(
-        args, batch_size=_batch(parsed, args, int(resumed.state["global_batch"]), world),
-        lanes=int(resumed.state["lanes"]),
+        args, name=run.name, logs=str(run.parent),
+        batch_size=_batch(parsed, args, int(resumed.state["global_batch"]), world),
+        lanes=chosen["lanes"], window=chosen["window"],
     )  # fmt: skip
     check_ranges(args)
     return args
 
 
-def recorded_name(resumed: Resumed) -> str:
-    """Return the name of the run that a checkpoint lies in."""
-    return resumed.folder.parent.parent.name
+def run_folder(parsed: Parsed) -> Path | None:
+    """Return LOGS/NAME of a run that goes on; None for a new one, or where no run is named."""
+    args = parsed.args
+    if args.resume is None:
+        return None
+    if args.resume == "latest":
+        return Path(args.logs) / args.name if args.name else None
+    given = Path(args.resume).absolute()
+    if (given / "checkpoints").is_dir():
+        run = given
+    elif given.parent.name == "checkpoints":
+        run = given.parent.parent
+    else:
+        return None
+    return _goes_to(parsed, run)
+
+
+def _goes_to(parsed: Parsed, run: Path) -> Path:
+    """Return where a run goes on: in its own folder, unless flags name another."""
+    logs = Path(parsed.args.logs) if "logs" in parsed.given else run.parent
+    return logs / (parsed.args.name or run.name)
+
+
+def _differs(name: str, value: object, before: object, checkpoint: str) -> str:
+    """Phrase how a flag contradicts what a checkpoint was trained with."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        flag = flag if value else f"--no-{name.replace('_', '-')}"
+        return f"{flag} does not fit {checkpoint}, which was trained without it"
+    given = f"{flag} {_shown(value)}"
+    if before in (None, ()):
+        return f"{given} does not fit {checkpoint}, which was trained without {flag}"
+    return f"{given} differs from the {_shown(before)} that {checkpoint} was trained with"
 
 
 def _shown(value: object) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _batch(parsed: Parsed, args: TrainArgs, total: int, world: int) -> int:
@@ -176,6 +208,12 @@ def _batch(parsed: Parsed, args: TrainArgs, total: int, world: int) -> int:
         raise UserError(
             f"the run's global batch of {total} cannot be shared by {ranks}{pieces}; use a number "
             f"of ranks that divides {total // args.accum_freq}, or another --accum-freq"
+        )
+    asked = parsed.given.get("global_batch")
+    if asked is not None and asked != total:
+        raise UserError(
+            f"--global-batch {asked} contradicts the run's global batch of {total}; leave it out, "
+            "or start a new run without --resume"
         )
     given = parsed.given.get("batch_size")
     if given is not None and given != per_rank:
@@ -213,8 +251,34 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
 
 
-def restore(resumed: Resumed, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and the optimiser's state back."""
+def check_groups(resumed: Resumed, sizes: list[int]) -> None:
+    """Check that the optimiser has the checkpoint's groups; `sizes`, parameters of each here."""
+    before = [len(group["params"]) for group in resumed.state["optimizer"]["param_groups"]]
+    if before != sizes:
+        raise UserError(
+            f"{resumed.folder.name} holds an optimiser of {sum(before)} parameters in "
+            f"{len(before)} groups, this run has {sum(sizes)} in {len(sizes)}: rates by tower or "
+            "layer, or locked towers, differ; start a new run with --pretrained "
+            f"{resumed.folder}"
+        )
+
+
+def restore(
+    resumed: Resumed,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sharded: Sharded | None = None,
+) -> None:
+    """Put a checkpoint's weights and the optimiser's state back; into shares, where they are.
+
+    Raises:
+        UserError: the optimiser groups its parameters another way than the checkpoint's.
+    """
+    check_groups(resumed, [len(group["params"]) for group in optimizer.param_groups])
+    if sharded is not None:
+        weights = load_file(resumed.folder / WEIGHT_FILE)
+        sharded.restore(weights, optimizer, resumed.state["optimizer"])
+        return
     load_weights(resumed.folder, model)
     # Copied: the tensors of the file are only mapped, and the file may be pruned.
     optimizer.load_state_dict(copy.deepcopy(resumed.state["optimizer"]))

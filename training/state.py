@@ -13,7 +13,7 @@ import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,13 @@ from lazyclip.factory import ModelInfo
 STATE_FILE = "train_state.pt"
 # Beside the newest ones, every so many steps a checkpoint stays for good.
 KEPT_EVERY = 10_000
+
+
+class HasState(Protocol):
+    """What has a state to save, as an optimiser has."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +91,7 @@ def save_checkpoint(
     done: Progressed,
     model: nn.Module,
     info: ModelInfo,
-    optimizer: torch.optim.Optimizer,
+    optimizer: HasState,
     record: Mapping[str, Any],
     more: Mapping[str, Any] | None = None,
     keep: int = 0,
@@ -94,9 +101,9 @@ def save_checkpoint(
     Args:
         run: LOGS/NAME.
         done: how far the run is.
-        model: the bare model.
+        model: the bare model, in one piece.
         info: of the model.
-        optimizer: of the run.
+        optimizer: of the run, or its state in one piece.
         record: of the run.
         more: plain things that going on needs too.
         keep: older checkpoints than so many newest go, now that this one is whole; 0 keeps all.
@@ -128,12 +135,31 @@ def write_status(
 
     A run fails for one reason: what a second rank has to say of the same failure is left out.
     """
-    file = run / "status.json"
-    if state == "failed":
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(file.read_text(encoding="utf-8"))
-            if before.get("state") == "failed":
-                return
+    if state == "failed" and _status(run).get("state") == "failed":
+        return
+    _put_status(run, state, step, reason, retryable)
+
+
+def write_refused(run: Path, reason: str) -> None:
+    """Say in status.json that a run was started so that it cannot go on, and is not to be again.
+
+    The step stays, and a run that is finished stays so.
+    """
+    before = _status(run)
+    if before.get("state") != "finished":
+        with contextlib.suppress(OSError):
+            _put_status(run, "failed", int(before.get("step", 0)), reason, False)
+
+
+def _status(run: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _put_status(run: Path, state: str, step: int, reason: str | None, retryable: bool) -> None:
     about = {
         "state": state, "reason": reason, "retryable": retryable, "step": step, "time": utc_now(),
     }  # fmt: skip
@@ -141,6 +167,6 @@ def write_status(
     mine = run / f"status.{os.getpid()}.json"
     try:
         write_json(mine, about)
-        mine.replace(file)
+        mine.replace(run / "status.json")
     finally:
         mine.unlink(missing_ok=True)

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .data.pixels import to_float
 from .distributed import Place
 from .feed import Fed
 from .objectives import contrastive_loss
+from .sharded import gradient_norm as norm_of_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,10 @@ class Towers:
         return torch.autocast(self.place.device.type, torch.bfloat16, enabled=on)
 
     def quiet(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which gradients stay with their rank."""
+        """Return the context in which gradients may stay with their rank.
+
+        Those of a model in shares do not: kept back, each rank would hold all of them.
+        """
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
@@ -116,7 +121,9 @@ def _in_pieces(towers: Towers, images: Tensor, texts: Tensor, masked: Tensor | N
 
 def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
     """Return the norm of all gradients, and clip them where asked for."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if any(isinstance(grad, DTensor) for grad in grads):
+        return norm_of_shares(grads, clip)
     if clip:
         return nn.utils.clip_grad_norm_(model.parameters(), clip)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
     return nn.utils.get_total_norm(grads)

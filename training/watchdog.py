@@ -43,6 +43,7 @@ class Watchdog:
         self._last, self._step = time.monotonic(), 0
         self._over = threading.Event()
         self._paused = False
+        self._leaving: int | None = None
         self._thread: threading.Thread | None = None
 
     def limit(self) -> float:
@@ -75,6 +76,14 @@ class Watchdog:
             self._last = time.monotonic()
             self._paused = False
 
+    def leave(self, code: int) -> None:
+        """Watch the way out too: a process group, or what it waits for, may not let go.
+
+        How the run ended is written already and stays; a hang now ends with the exit code `code`.
+        """
+        self._leaving = code
+        self.tick()
+
     def stop(self) -> None:
         """Stop watching."""
         self._over.set()
@@ -98,7 +107,8 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             with stacks.open("w", encoding="utf-8") as stream:
                 faulthandler.dump_traceback(stream, all_threads=True)
-            write_status(self._folder, "failed", self._step, "hang", retryable=True)
+            if self._leaving is None:
+                write_status(self._folder, "failed", self._step, "hang", retryable=True)
         finally:
             # Nothing else would end a process that hangs inside a collective.
-            os._exit(1)
+            os._exit(1 if self._leaving is None else self._leaving)

@@ -19,6 +19,7 @@ COMMANDS = {
     "seg": ("eval.zeroshot_seg", "score zero-shot segmentation"),
     "cls": ("eval.zeroshot_cls", "score zero-shot classification"),
     "point-in-box": ("eval.point_in_box", "score Patch Score and Point-in-Box"),
+    "interpolate": ("eval.interpolate", "mix start and tuned weights, and score the mixtures"),
     "segment": ("eval.segment", "paint masks for anyone's pictures"),
     "clip-bench": ("eval.clip_bench", "clip_benchmark's command line with lazyclip's models"),
     "table": ("eval.table", "collect results; published figures beside ours"),

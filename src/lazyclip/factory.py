@@ -275,7 +275,8 @@ def build(
     Args:
         name: a name of open_clip or of ours, or a saved model's folder.
         pretrained: a tag, a weight file, or a saved model's folder; None: random weights.
-        device: where the model goes.
+        device: where the model goes. `meta`: shapes only, no memory; weights are neither read nor
+            fetched, and only their tag or record says which activation.
         image_size: another input size in pixels; positions are interpolated.
         last: single keys of the pooling that override the name's or the record's.
         random_weights_seed: seed of the random weights (default 0); no global state is touched.
@@ -287,10 +288,14 @@ def build(
     asked = known_name(name)
     if asked.startswith((LOCAL, HUB)) and pretrained:
         raise UserError(f"{name} is a saved model with weights; leave --pretrained out")
-    with torch.random.fork_rng(devices=[]):
+    shapes = torch.device("meta") if device == "meta" else contextlib.nullcontext()
+    with shapes, torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_weights_seed or 0)
         # Random weights are drawn before an own file is loaded: the file decides in the end.
-        model, loaded = _create(asked, pretrained, image_size, force_quick_gelu)
+        if device == "meta":
+            model, loaded = _create_shapes(asked, pretrained, image_size, force_quick_gelu), None
+        else:
+            model, loaded = _create(asked, pretrained, image_size, force_quick_gelu)
     if last:
         current = tower.pooling_of(model).to_dict()
         tower.attach_spec(model, PoolSpec.from_mapping({**current, **last}, "--last-*"))
@@ -298,6 +303,9 @@ def build(
     train, val = bridge.transforms_of(model)
     # Before the tokenizer, which some models fetch: a tower that does not fit is refused at once.
     info = _describe(model, name, pretrained, loaded)
+    before = weights.trained_size(name, pretrained)
+    if before not in (None, info.image_size) and device != "meta":
+        log.info("positions are interpolated, the weights have those of %d x %d px", *before)
     return Built(
         model=model,
         preprocess_train=train,
@@ -365,6 +373,30 @@ def _create(
             found.path, found.passport.last.get("pooling"), asked,
         )  # fmt: skip
     return model, found.path
+
+
+def _create_shapes(
+    asked: str, pretrained: str | None, image_size: int | None, force_quick_gelu: bool
+) -> nn.Module:
+    """Create a model without weights, with the activation that its weights would have."""
+    if asked.startswith(HUB):
+        raise UserError(f"{asked} is not planned for without fetching it; download it first")
+    quick = force_quick_gelu
+    if pretrained:
+        tag = weights.clean_tag(pretrained)
+        if open_clip.is_pretrained_cfg(asked, tag):
+            recorded: str | None = weights.tag_activation(asked, tag)
+        elif Path(pretrained).exists():
+            file = weights.find_weight_file(Path(pretrained))
+            recorded = weights.read_passport(file).activation
+        else:
+            raise weights.unknown_weights(asked, pretrained)
+        quick = _pick_activation(asked, recorded, force_quick_gelu, f"'{pretrained}'")
+    with _expecting_no_weights():
+        return open_clip.create_model(
+            asked, force_image_size=image_size, force_quick_gelu=quick, output_dict=True,
+            device="meta", load_weights=False,
+        )  # fmt: skip
 
 
 def _create_from_hub(asked: str, kwargs: Mapping[str, Any]) -> nn.Module:

@@ -282,6 +282,10 @@ class PoolSpec:
             fields["sigma"] = "inf"
         return fields
 
+    def alike(self, other: "PoolSpec") -> bool:
+        """Tell whether two specs pool alike: the options count for `last` alone."""
+        return self == other or (self.pooling == other.pooling and self.pooling != "last")
+
 
 # A pooling: (patches B x N x D, prefix tokens B x P x D, spec) -> B x D.
 Pooling = Callable[[Tensor, Tensor | None, PoolSpec], Tensor]

@@ -14,6 +14,7 @@ which suffixes are wanted.
 
 import glob
 import gzip
+import io
 import json
 import logging
 import tarfile
@@ -152,7 +153,7 @@ def split_member(name: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), suffix.lower()
 
 
-def iterate_samples(path: Path) -> Iterator[Sample]:
+def iterate_samples(path: Path, stream: io.BufferedReader | None = None) -> Iterator[Sample]:
     """Read one shard front to back and yield its samples.
 
     Members next to each other with the same key make one sample; a suffix that comes again starts
@@ -161,6 +162,7 @@ def iterate_samples(path: Path) -> Iterator[Sample]:
 
     Args:
         path: a tar, gzipped or not (told by its content, not by its name).
+        stream: read in place of the file, front to back; `path` names it in labels and messages.
 
     Raises:
         ShardError: missing, truncated or damaged; samples before the damage were yielded, the one
@@ -171,7 +173,7 @@ def iterate_samples(path: Path) -> Iterator[Sample]:
     count = 0
     passed: list[str] = []
     try:
-        for name, content in _members(path, passed):
+        for name, content in _members(path, passed, stream):
             split = split_member(name)
             if split is None:
                 passed.append(name)
@@ -197,9 +199,11 @@ def iterate_samples(path: Path) -> Iterator[Sample]:
         )
 
 
-def _members(path: Path, passed: list[str]) -> Iterator[tuple[str, bytes]]:
+def _members(
+    path: Path, passed: list[str], given: io.BufferedReader | None
+) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file; names of links and devices go to `passed`."""
-    with _open(path) as plain:
+    with _open(path) if given is None else _unzipped(given) as plain:
         stream = _Watched(plain)
         # tarfile asks a stream for nothing but read().
         with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
@@ -265,6 +269,12 @@ def _open(path: Path) -> IO[bytes]:
         return stream
     stream.close()
     return cast(IO[bytes], gzip.open(path, "rb"))
+
+
+def _unzipped(stream: io.BufferedReader) -> IO[bytes]:
+    if stream.peek(2)[:2] != _GZIP_MAGIC:
+        return stream
+    return cast(IO[bytes], gzip.open(stream, "rb"))
 
 
 def read_json_part(sample: Sample) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lazyclip import bridge
 from lazyclip.base.config import read_json
 from lazyclip.base.errors import UserError, unknown
+from lazyclip.pooling import PoolSpec
 
 PREFIX = "LaSt-"
 CONFIG_FILE = "open_clip_config.json"
@@ -202,6 +203,51 @@ def read_passport(path: Path) -> Passport:
         if text:
             return _passport_of_config(json.loads(text))
     return _passport_of_config(read_json(config)) if config.is_file() else Passport()
+
+
+def trained_pooling(name: str, pretrained: str | None) -> PoolSpec | None:
+    """Return the pooling that weights were trained with, however they are pooled here.
+
+    A tag, and a file without a record, are a plain CLIP model's: its CLS token.
+
+    Args:
+        name: a model name, or a saved model's or a run's folder.
+        pretrained: a tag, a weight file or a saved model's folder; None: the name's own weights.
+
+    Returns:
+        The pooling; None for a name without weights.
+    """
+    place = Path(pretrained or name.removeprefix("local-dir:"))
+    if not pretrained and not any((f / CONFIG_FILE).is_file() for f in (place, place / "model")):
+        return None
+    if not place.exists():
+        return PoolSpec(pooling="token")
+    recorded = read_passport(find_weight_file(place)).last
+    return PoolSpec.from_mapping(recorded or {"pooling": "token"}, str(place))
+
+
+def trained_size(name: str, pretrained: str | None) -> tuple[int, int] | None:
+    """Return the image size (height, width) that weights hold positions for.
+
+    Args:
+        name: a model name, or a saved model's folder.
+        pretrained: a tag, a weight file or a folder; None where the name is a folder, or nothing
+            is loaded.
+
+    Returns:
+        Pixels; None for random weights, and where nothing says it.
+    """
+    for folder in (Path(name), Path(name) / "model"):
+        if (folder / CONFIG_FILE).is_file():
+            return _recorded_size(_passport_of_config(read_json(folder / CONFIG_FILE)))
+    if pretrained is None:
+        return None
+    name = name.replace("/", "-")
+    config: Mapping[str, Any] | None = open_clip.get_model_config(name)
+    tagged = open_clip.is_pretrained_cfg(name, clean_tag(pretrained))
+    if not tagged and Path(pretrained).exists():
+        config = read_passport(find_weight_file(Path(pretrained))).model_cfg or config
+    return _recorded_size(Passport(model_cfg=config))
 
 
 def _passport_of_config(config: Mapping[str, Any]) -> Passport:

@@ -93,7 +93,7 @@ Record = tuple[Turn, Sample | Dropped]
 def _records(source: Source, loading: Loading) -> Iterator[Record]:
     """Yield a lane's records with their shard's turn, without end."""
     for turn in source.lane(loading.seed, loading.lane(), loading.lanes):
-        for record in read_shard(turn.shard):
+        for record in read_shard(turn.shard, source.commands.get(turn.shard)):
             yield turn, record
 
 

@@ -94,9 +94,25 @@ class Exact:
         """Estimate the bytes of a rank's windows, those read ahead too."""
         manifest = self.reader.manifest
         total = int(manifest.ends.sum())
-        chunk = total / max(len(manifest.starts), 1)
         # Lanes that hold the same chunk share it: never more than all there is.
-        return min(total, int(chunk * self.window * self.lanes / world * 2))
+        return min(total, int(self.window * self._chunk_bytes(world)))
+
+    def _chunk_bytes(self, world: int) -> float:
+        """Estimate the bytes that each further chunk of a window adds on a rank."""
+        manifest = self.reader.manifest
+        chunk = int(manifest.ends.sum()) / max(len(manifest.starts), 1)
+        return chunk * self.lanes / world * 2
+
+    def within(self, most: float, world: int) -> "Exact | None":
+        """Lower the window, which changes the order, until a rank's windows take `most` bytes.
+
+        Returns:
+            This one where it fits; None where a window of one chunk does not.
+        """
+        if self.window_bytes(world) <= most:
+            return self
+        window = int(most // self._chunk_bytes(world))
+        return dataclasses.replace(self, window=window) if window else None
 
 
 @contextlib.contextmanager

@@ -7,11 +7,13 @@ lists of shards are read. Not here: what the shards hold (`survey`).
 import dataclasses
 import glob
 import gzip
+import itertools
 import logging
 import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -22,6 +24,8 @@ from lazyclip.shards import expand, split_sources
 log = logging.getLogger(__name__)
 LISTS = (".txt", ".list", ".lst")
 _GZIP_MAGIC = b"\x1f\x8b"
+# Files looked into at the same time: on a network disk each look waits.
+_LOOKS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,12 @@ def _source(source: str, flag: str) -> tuple[list[Path], list[Path]]:
     paths: list[Path] = []
     missing: list[Path] = []
     for name in names:
-        if name.startswith("pipe:") or "://" in name:
+        if name.startswith("pipe:"):
+            raise UserError(
+                f"{flag} {name}: only files are read by the exact loader, which goes back and "
+                "forth in them; copy the shards, or stream them by --loader sequential --allow-pipe"
+            )
+        if "://" in name:
             expand(name, flag)  # refuses it
         here, absent = _braces(name, flag)
         paths += here
@@ -153,6 +162,16 @@ def is_gzip(path: Path) -> bool:
         return False
 
 
+def _gzipped(paths: Sequence[Path]) -> set[Path]:
+    """Return the gzipped ones of many files, which are looked into side by side."""
+
+    def look(part: Sequence[Path]) -> list[Path]:
+        return [path for path in part if is_gzip(path)]
+
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        return set(itertools.chain(*pool.map(look, [paths[i::_LOOKS] for i in range(_LOOKS)])))
+
+
 def unpacked(shards: Sequence[Located], folder: Path) -> list[Located]:
     """Replace gzipped shards by plain copies, made once; says so in one line.
 
@@ -167,7 +186,7 @@ def unpacked(shards: Sequence[Located], folder: Path) -> list[Located]:
     Raises:
         UserError: no room for the copies, or the folder cannot be written.
     """
-    packed = {shard.path for shard in shards if is_gzip(shard.path)}
+    packed = _gzipped([shard.path for shard in shards])
     if not packed:
         return list(shards)
     copies = {shard.path: _copy_name(shard, folder) for shard in shards if shard.path in packed}

@@ -8,9 +8,11 @@ import dataclasses
 import fcntl
 import hashlib
 import logging
+import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lazyclip.base.errors import UserError
 
@@ -53,7 +55,7 @@ class Prepared:
 def prepare(wanted: Wanted) -> Prepared:
     """Find the shards and their manifest; builds it where there is none.
 
-    One process of a run does this; others `load` the file and `verify`.
+    One process of a run does this; the others `take_over` what it found.
 
     Raises:
         UserError: see `find`, `unpacked`, `build`, `verify` and `filtered`.
@@ -73,6 +75,38 @@ def prepare(wanted: Wanted) -> Prepared:
             f"the manifest {file} cannot be written ({error.strerror or error}); give --manifest "
             "FILE in a folder that can be"
         ) from None
+
+
+def told(prepared: Prepared) -> dict[str, Any]:
+    """Return, as plain types, what another rank needs in place of looking at the shards itself."""
+    shards = [(s.name, str(s.path), str(s.origin), s.factor) for s in prepared.shards]
+    return {"file": str(prepared.file), "sha256": prepared.manifest.sha256, "shards": shards}
+
+
+def take_over(wanted: Wanted, found: Mapping[str, Any], look: bool) -> Prepared:
+    """Take what rank 0 found; no shard is opened.
+
+    Args:
+        wanted: what rank 0 was asked for too.
+        found: from `told`.
+        look: compare the shards' sizes with the manifest: one rank of a machine does.
+
+    Raises:
+        UserError: the manifest here is another one; or see `verify`.
+    """
+    file = Path(found["file"])
+    if not file.exists():
+        return prepare(wanted)  # this machine has a disk of its own
+    manifest = load(file)
+    if manifest.sha256 != found["sha256"]:
+        raise UserError(
+            f"the manifest {file} is another one on {platform.node()} than on rank 0's machine: "
+            "the shards differ; copy them again"
+        )
+    shards = tuple(Located(n, Path(p), Path(o), factor) for n, p, o, factor in found["shards"])
+    if look:
+        verify(manifest, shards)
+    return Prepared(manifest, shards, file)
 
 
 def _base(

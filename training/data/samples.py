@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from lazyclip.shards import Sample, ShardError, image_part, iterate_samples
+from lazyclip.shards import Sample, ShardError, image_part
 
 from .pixels import check_size
-from .sources import Turn
+from .sources import Turn, stream_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +43,15 @@ class Pair:
     identity: str
 
 
-def read_shard(shard: Path) -> Iterator[Sample | Dropped]:
-    """Read a shard's samples; a damaged rest becomes one `Dropped` with reason `rest of shard`."""
+def read_shard(shard: Path, command: str | None = None) -> Iterator[Sample | Dropped]:
+    """Read a shard's samples; a damaged rest becomes one `Dropped` with reason `rest of shard`.
+
+    Args:
+        shard: a file, or the name of what a command writes.
+        command: of the shell, see `Source.commands`.
+    """
     try:
-        yield from iterate_samples(shard)
+        yield from stream_samples(shard, command)
     except ShardError as error:
         yield Dropped(shard.name, "rest of shard", str(error))
 

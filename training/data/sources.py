@@ -9,18 +9,23 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from braceexpand import braceexpand
 
 from lazyclip.base.errors import UserError
 from lazyclip.shards import (
     IMAGE_SUFFIXES,
+    Sample,
     ShardError,
     expand,
     iterate_samples,
     split_sources,
 )
+
+from .pipes import PREFIX, output
 
 log = logging.getLogger(__name__)
 # Counting means reading: above this the user is asked for the number.
@@ -40,7 +45,18 @@ def suffix_table(counts: dict[str, int], looked: int) -> str:
     return ", ".join(f"{suffix} in {n}" for suffix, n in rows[:12]) + f" of {looked} samples"
 
 
-def require_captions(shards: list[Path], flag: str = "--train-data") -> None:
+def stream_samples(shard: Path, command: str | None) -> Iterator[Sample]:
+    """Yield a shard's samples, from its file or from what a command writes."""
+    if command is None:
+        yield from iterate_samples(shard)
+        return
+    with output(command) as stream:
+        yield from iterate_samples(shard, stream)
+
+
+def require_captions(
+    shards: list[Path], flag: str = "--train-data", commands: Mapping[Path, str] | None = None
+) -> None:
     """Check that the first shards hold a sample with a picture and a caption.
 
     Raises:
@@ -50,7 +66,7 @@ def require_captions(shards: list[Path], flag: str = "--train-data") -> None:
     counts: dict[str, int] = {}
     looked = 0
     for shard in shards:
-        for sample in iterate_samples(shard):
+        for sample in stream_samples(shard, (commands or {}).get(shard)):
             if fits(set(sample.parts)):
                 return
             looked += 1
@@ -136,13 +152,15 @@ class Source:
     """The shards of a run.
 
     Fields: shards, in the order of the pattern; samples, in one epoch; resampled, whether shards
-    are drawn with replacement; weights of the draw, one for each shard, empty: all alike.
+    are drawn with replacement; weights of the draw, one for each shard, empty: all alike;
+    commands, what the shell runs for those shards that are no files, by the shard's name.
     """
 
     shards: tuple[Path, ...]
     samples: int
     resampled: bool
     weights: tuple[float, ...] = ()
+    commands: Mapping[Path, str] = dataclasses.field(default_factory=dict)
 
     def lane(self, seed: int, lane: int, lanes: int) -> Iterator[Turn]:
         """Give a lane (one loader process of one rank) its shards, without end.
@@ -170,7 +188,28 @@ class Source:
             yield from (Turn(number, slot, self.shards[slot]) for slot in order[lane::lanes])
 
 
-def _weighed(pattern: str, factors: str) -> tuple[list[Path], list[float]]:
+def _piped(source: str, allowed: bool) -> dict[Path, str]:
+    """Return the commands of a `pipe:` source, braces expanded, by name; refused unless allowed."""
+    if not allowed:
+        raise UserError(
+            f"--train-data {source} is a shell command, which --allow-pipe would run; or copy the "
+            "shards and name the files"
+        )
+    return {Path(name): name.removeprefix(PREFIX) for name in braceexpand(source)}
+
+
+def _expanded(source: str, allow_pipe: bool, commands: dict[Path, str]) -> list[Path]:
+    """Expand one source; the commands of a pipe are added to `commands`."""
+    if not source.startswith(PREFIX):
+        return expand(source, "--train-data")
+    piped = _piped(source, allow_pipe)
+    commands.update(piped)
+    return list(piped)
+
+
+def _weighed(
+    pattern: str, factors: str, allow_pipe: bool, commands: dict[Path, str]
+) -> tuple[list[Path], list[float]]:
     """Expand each source and give its shards its factor.
 
     Raises:
@@ -191,7 +230,7 @@ def _weighed(pattern: str, factors: str) -> tuple[list[Path], list[float]]:
             factor = 0.0
         if not 0 < factor < math.inf:
             raise UserError(f"{flag}: '{word}' is no number above 0")
-        found = expand(source, "--train-data")
+        found = _expanded(source, allow_pipe, commands)
         shards += found
         weights += [factor] * len(found)
     return shards, weights
@@ -199,7 +238,7 @@ def _weighed(pattern: str, factors: str) -> tuple[list[Path], list[float]]:
 
 def open_source(
     pattern: str, samples: int | None, resampled: bool, lanes: int, workers: int,
-    factors: str | None = None,
+    factors: str | None = None, allow_pipe: bool = False,
 ) -> Source:  # fmt: skip
     """Find and check the shards of a run.
 
@@ -211,15 +250,18 @@ def open_source(
         workers: loader processes per rank, for the message.
         factors: such as `2::0.5`, one for each source: resampled, weights of the draw; else how
             often its shards come in a pass, whole numbers.
+        allow_pipe: run the shell commands of `pipe:` sources.
 
     Raises:
         UserError: no shards, fewer shards than lanes, no sample with picture and caption.
     """
     weights: list[float] = []
+    commands: dict[Path, str] = {}
     if factors is None:
-        shards = expand(pattern, "--train-data")
+        sources = split_sources(pattern) or [pattern]
+        shards = [path for one in sources for path in _expanded(one, allow_pipe, commands)]
     else:
-        shards, weights = _weighed(pattern, factors)
+        shards, weights = _weighed(pattern, factors, allow_pipe, commands)
         if not resampled:
             if any(weight != int(weight) for weight in weights):
                 raise UserError(
@@ -239,5 +281,12 @@ def open_source(
             f"{len(shards)} shards < {ranks} ranks x {max(workers, 1)} workers; {remedy}, or "
             "--dataset-resampled"
         )
-    require_captions(shards)
-    return Source(tuple(shards), samples or count_samples(shards), resampled, tuple(weights))
+    if commands and samples is None:
+        raise UserError(
+            "what pipe: commands write cannot be counted beforehand; pass --train-num-samples N "
+            "(samples in an epoch)"
+        )
+    require_captions(shards, commands=commands)
+    return Source(
+        tuple(shards), samples or count_samples(shards), resampled, tuple(weights), commands
+    )

@@ -24,9 +24,13 @@ _ZERO = bytes(BLOCK)
 _NOTHING = memoryview(b"")
 # Copied out of a window at once: the headers of a member, mostly those of the small ones behind.
 _NEAR = 8 * BLOCK
+# A pax header of one block, what it says, and the member's own header.
+_USUAL = 3 * BLOCK
 _HALF = BLOCK // 2
+_KNOWN = 16
 # Types of one byte each, looked up in one go.
 _REGULAR = b"0\x007"  # file, old file, contiguous file
+_PLAIN = ord("0")
 # Types that have no content whatever their size field says: links, devices, folders, pipes.
 _WITHOUT_CONTENT = b"123456"
 _ABOUT_NEXT = b"xXLKg"
@@ -129,8 +133,9 @@ class _Walk:
         self.own: dict[str, str] = {}
         self._held, self._base = held, offset
         self._near, self._near_base = b"", offset
-        # The last pax header that was checked: most writers write the same before every member.
-        self._known = b"none"
+        # Pax headers that were checked, and whether what they announce fits one block: most
+        # writers write the same few before every member.
+        self._known: dict[bytes, bool] = {}
 
     def take(self, length: int) -> bytes:
         """Return `length` bytes at `offset` (fewer at the end) and stay there."""
@@ -157,7 +162,7 @@ class _Walk:
                 raise Damage("a header without its member", self.first)
             return None
         header = self.take(BLOCK)
-        if header == self._known:
+        if header in self._known:
             return header
         if len(header) < BLOCK:
             reason = "a cut header" if header or pending else "no end-of-archive mark"
@@ -167,9 +172,47 @@ class _Walk:
                 raise Damage("an end-of-archive mark too early", self.offset)
             return None
         _check_sum(header, self.offset)
-        if header[156:157] == b"x":
-            self._known = header
+        if header[156:157] == b"x" and len(self._known) < _KNOWN:
+            self._known[header] = 0 < _number(header[124:136], self.offset) <= BLOCK
         return header
+
+    def usual(self, end: int | None) -> Member | None:
+        """Return the next member if it is written as most are, in half the time.
+
+        That is: the known pax header, which says times or owners only, before a plain file with a
+        short name. None: it may be anything; `next` finds out.
+        """
+        start = self.offset
+        at = start - self._base
+        near = bytes(self._held[at : at + _USUAL])
+        if not self._known.get(near[:BLOCK], False) or len(near) < _USUAL:
+            return None
+        if end is not None and start + _USUAL > end:
+            return None
+        said, header = near[BLOCK : 2 * BLOCK], near[2 * BLOCK :]
+        stop = said.find(0)
+        records = said[:stop]
+        if stop < 0 or not said.endswith(_ZERO[stop:]):
+            return None
+        if b"path=" in records or b"size=" in records or b"sparse" in records:
+            return None
+        if header[156] != _PLAIN or header[345] or header[135] or not header.isascii():
+            return None
+        # The sum of 512 ASCII bytes does not wrap round in Adler-32's low half.
+        field = header[148:156]
+        if field != b"%06o\0 " % ((zlib.adler32(header) & 0xFFFF) - sum(field) + 255):
+            return None
+        try:
+            size = int(header[124:135], 8)
+        except ValueError:
+            return None
+        if size < 0:
+            return None
+        data = start + _USUAL
+        self.offset = data + ((size + BLOCK - 1) & -BLOCK)
+        name = header[:100].partition(b"\0")[0].decode("ascii")
+        # The same as Member(...), at a fifth of its price.
+        return tuple.__new__(Member, (name, start, data, size, True))
 
     def next(self, end: int | None) -> Member | None:
         """Return the next member, or None at the end of the archive."""
@@ -246,7 +289,7 @@ def members(read: ReadRange, size: int, *, window: int = WINDOW) -> Iterator[Mem
             before were yielded.
     """
     walk = _Walk(read, 0, _NOTHING, window)
-    while (member := walk.next(None)) is not None:
+    while (member := walk.usual(None) or walk.next(None)) is not None:
         if member.data + member.size > size:
             raise Damage(f"{member.name} ends early", member.start, cut=True)
         yield member
@@ -268,7 +311,7 @@ def members_in(read: ReadRange, size: int, held: memoryview = _NOTHING) -> Itera
         Damage: it cannot be read to its end; all members before were yielded.
     """
     walk = _Walk(read, 0, held, WINDOW)
-    while (member := walk.next(size)) is not None:
+    while (member := walk.usual(size) or walk.next(size)) is not None:
         if member.data + member.size > size:
             raise Damage(f"{member.name} ends early", member.start, cut=True)
         yield member

@@ -41,6 +41,12 @@ def _text_owner(model: nn.Module) -> tuple[nn.Module, str, int] | None:
     return None
 
 
+def text_blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the text tower's blocks; none where the tower is not open_clip's own."""
+    found = _text_owner(model)
+    return [] if found is None else list(cast(Any, found[0]).transformer.resblocks)
+
+
 def _is_causal(owner: nn.Module) -> bool:
     """Say whether no text position sees a later one."""
     mask = getattr(owner, "attn_mask", None)

@@ -1,0 +1,269 @@
+"""One run in a folder at a time, and no dead one in the way of the next."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lazyclip.base.errors import UserError
+from tests.toy_faults import flags, kill_in_step, run
+from tests.toy_ranks import kill, start, wait
+from tests.toy_run import TINY, train, world
+from training import loop, runlock
+from training.main import main
+from training.runlock import FILE, STALE_SECONDS, Owner, RunLock, in_use, living, run_lock
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def put(folder: Path, silent: float = 0.0, **changes: object) -> Path:
+    """Write the lock of a run on another machine that was silent for so many seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {"host": "node7", "pid": 1, "started": "1", "machine": "another", "job": "",
+             "since": "2026-01-01T00:00:00Z"}  # fmt: skip
+    owner = dataclasses.replace(Owner.here(), **{**plain, **changes})
+    file = folder / FILE
+    file.write_text(json.dumps(dataclasses.asdict(owner)))
+    then = time.time() - silent
+    os.utime(file, (then, then))
+    return file
+
+
+def owner(folder: Path) -> dict:
+    return json.loads((folder / FILE).read_text())
+
+
+def test_a_lock_is_held_once_and_given_back(tmp_path):
+    with run_lock() as lock:
+        lock.take(tmp_path)
+        lock.take(tmp_path)
+        assert lock.held
+        assert owner(tmp_path)["pid"] == os.getpid()
+        assert [p.name for p in tmp_path.iterdir()] == [FILE]
+        with pytest.raises(UserError) as caught:
+            RunLock().take(tmp_path)
+        assert str(caught.value) == (
+            f"{tmp_path} is being trained by process {os.getpid()} on {owner(tmp_path)['host']}, "
+            f"since {owner(tmp_path)['since']}; end that run, or give another --name"
+        )
+        assert [p.name for p in tmp_path.iterdir()] == [FILE]
+        assert living(tmp_path) == str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    assert living(tmp_path) is None
+    again = RunLock()
+    again.take(tmp_path)
+    again.release()
+    again.release()
+
+
+@pytest.mark.parametrize(
+    ("changes", "silent", "lives"),
+    [
+        ({}, 10, True),  # another machine, touched ten seconds ago
+        ({}, STALE_SECONDS - 30, True),
+        ({}, STALE_SECONDS + 30, False),
+        ({"job": "55"}, 0, False),  # our own SLURM job, started again here
+        ({"job": "56"}, 0, True),
+        ({"machine": None}, 0, False),  # this machine, no such process any more
+        ({"machine": None, "pid": None}, 1e6, False),  # its number was given to another one
+        ({"machine": None, "pid": None, "started": None}, 1e6, True),  # it is there, however still
+        ({"machine": None, "pid": None, "started": None, "job": "55"}, 0, True),
+    ],
+)  # fmt: skip
+def test_who_counts_as_alive(tmp_path, monkeypatch, changes, silent, lives):
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    here = dataclasses.asdict(Owner.here())
+    known = {name: here[name] if value is None else value for name, value in changes.items()}
+    put(tmp_path, silent, **{"pid": 2**22 + 1, **known})
+    lock = RunLock()
+    if lives:
+        with pytest.raises(UserError, match="is being trained by process"):
+            lock.take(tmp_path)
+        assert owner(tmp_path)["pid"] == known.get("pid", 2**22 + 1)
+    else:
+        lock.take(tmp_path)
+        assert owner(tmp_path)["pid"] == os.getpid()
+        lock.release()
+    assert len(list(tmp_path.iterdir())) == int(lives)
+
+
+def test_a_run_on_another_machine_is_told_with_the_time_to_wait(tmp_path):
+    put(tmp_path, silent=60, pid=77)
+    with pytest.raises(UserError, match=r"process 77 on node7, since 2026.*again in 4 min$"):
+        RunLock().take(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "x"}'])
+def test_a_lock_that_cannot_be_read_counts_while_it_is_fresh(tmp_path, content):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(UserError, match="is being trained by another start"):
+        RunLock().take(tmp_path)
+    then = time.time() - STALE_SECONDS - 10
+    os.utime(tmp_path / FILE, (then, then))
+    with run_lock() as lock:
+        lock.take(tmp_path)
+        assert lock.held
+
+
+def test_of_two_that_find_a_dead_lock_one_gets_it(tmp_path, monkeypatch):
+    """The second one takes the lock while the first is about to take the dead one away."""
+    put(tmp_path, silent=1e6)
+    quick, plain = RunLock(), Path.rename
+
+    def rename(self, target):
+        monkeypatch.setattr(Path, "rename", plain)
+        quick.take(tmp_path)
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match="is being trained by process"):
+        RunLock().take(tmp_path)
+    assert quick.held
+    assert owner(tmp_path)["token"] == quick._me.token
+    quick.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_hard_links_has_locks_too(tmp_path, monkeypatch):
+    def none(*args: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", none)
+    with run_lock() as lock:
+        lock.take(tmp_path)
+        assert living(tmp_path)
+        with pytest.raises(UserError):
+            RunLock().take(tmp_path)
+
+
+def test_a_disk_that_takes_no_lock_stops_no_run(tmp_path, caplog):
+    with run_lock() as lock:
+        lock.take(tmp_path / "none")
+        assert not lock.held
+    assert "nothing keeps a second run out" in caplog.text
+
+
+def test_the_lock_is_touched_while_it_is_held_and_its_loss_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlock, "BEAT_SECONDS", 0.01)
+    ended: list[int] = []
+    with run_lock() as lock:
+        lock.take(tmp_path)
+        os.utime(tmp_path / FILE, (0, 0))
+        end = time.monotonic() + 5
+        while (tmp_path / FILE).stat().st_mtime < 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (tmp_path / FILE).stat().st_mtime > 1
+        lock._over.set()
+        lock._thread.join()
+        lock.beat(ended.append)
+        assert ended == []
+        put(tmp_path, token="of another")
+        lock.beat(ended.append)
+        assert ended == [1]
+    assert owner(tmp_path)["token"] == "of another"
+
+
+def test_a_folder_with_a_lock_alone_is_not_in_use(tmp_path):
+    put(tmp_path)
+    assert not in_use(tmp_path)
+    (tmp_path / "out.log").touch()
+    assert in_use(tmp_path)
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_a_start_beside_a_living_run_is_refused_and_leaves_its_files_alone(tmp_path, resume):
+    how = {"train_data": world(), "model": TINY, "save_every": 2}
+    first = train(tmp_path, **how)
+    (first.folder / "status.json").write_text("its own")
+    put(first.folder, pid=77)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    ran = train(tmp_path, **how, resume=resume)
+    assert ran.code == 2
+    said = ran.err.splitlines()[-1]
+    assert said.startswith(f"error: {first.folder} is being trained by process 77 on node7, since")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_that_began_meanwhile_is_told(tmp_path, monkeypatch):
+    """Its folder appears after this one's was found free."""
+    plain = runlock.RunLock.take
+
+    def take(self, folder):
+        monkeypatch.setattr(runlock.RunLock, "take", plain)
+        put(folder, pid=77)
+        plain(self, folder)
+
+    monkeypatch.setattr(runlock.RunLock, "take", take)
+    ran = train(tmp_path, train_data=world(), model=TINY)
+    assert ran.code == 2
+    assert "is being trained by process 77 on node7" in ran.err
+    assert [p.name for p in (tmp_path / "a").iterdir()] == [FILE]
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_told(tmp_path, monkeypatch):
+    plain = runlock.RunLock.take
+
+    def take(self, folder):
+        plain(self, folder)
+        (folder / "out.log").write_text("of the other run")
+
+    monkeypatch.setattr(runlock.RunLock, "take", take)
+    ran = train(tmp_path, train_data=world(), model=TINY)
+    assert ran.code == 2
+    assert f"{ran.folder} exists; go on with it by --resume latest" in ran.err
+    assert [p.name for p in ran.folder.iterdir()] == ["out.log"]
+
+
+def test_a_run_leaves_no_lock(tmp_path):
+    ran = train(tmp_path, train_data=world(), model=TINY)
+    assert ran.code == 0
+    assert not (ran.folder / FILE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_start_beside_a_living_one_is_refused_on_every_rank(tmp_path, ranks):
+    """The first one waits in its third step; the second comes and goes; the first one ends."""
+    plain = loop.Loop._advance
+    here, go_on = tmp_path / "here", tmp_path / "go on"
+
+    def advance(self, fed):
+        while self.step == 2 and not go_on.exists():
+            here.touch()
+            time.sleep(0.01)
+        return plain(self, fed)
+
+    def before():
+        loop.Loop._advance = advance
+
+    first = start(ranks, lambda: before() or main(flags(tmp_path, ranks)), log=tmp_path / "log")
+    try:
+        while not here.exists():
+            time.sleep(0.01)
+        status = (tmp_path / "a" / "status.json").read_bytes()
+        codes = run(ranks, flags(tmp_path, ranks, resume="latest"), tmp_path / "second")
+        assert codes == [2] * ranks
+        said = (tmp_path / "second").read_text()
+        assert said.count(f"is being trained by process {first[0]} on ") == ranks
+        assert (tmp_path / "a" / "status.json").read_bytes() == status
+        go_on.touch()
+        assert wait(first) == [0] * ranks, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        kill(first)
+    assert not (tmp_path / "a" / FILE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_lock_of_a_killed_run_is_in_nobodys_way(tmp_path):
+    codes = run(1, flags(tmp_path, 1), tmp_path / "log", kill_in_step(3))
+    assert codes == [-signal.SIGKILL]
+    assert (tmp_path / "a" / FILE).exists()
+    assert run(1, flags(tmp_path, 1, resume="latest"), tmp_path / "log") == [0]
+    assert "is gone" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "a" / FILE).exists()
