@@ -16,6 +16,7 @@ LAYERS = (
     {"lowpass", "pooling", "scores", "boxes", "poolflags", "shards"},
     {"bridge"},
     {"tower", "weights", "dense", "zeroshot"},
+    {"creation"},
     {"factory"},
     {"export"},
     {"cli"},

@@ -89,7 +89,7 @@ from lazyclip import bridge, factory, pooling, tower
 rooms = (bridge.guard, bridge.pooled, bridge.tokens, bridge.text, bridge.hooks)
 for module in (pooling, *rooms, bridge, tower, factory, lazyclip, lazyclip):
     importlib.reload(module)
-assert open_clip.create_model.__module__ == "lazyclip.factory", open_clip.create_model
+assert open_clip.create_model.__module__ == "lazyclip.creation", open_clip.create_model
 plain = open_clip.create_model.lazyclip_plain
 assert plain.__module__ == "open_clip.factory" and not hasattr(plain, "lazyclip_plain")
 model = open_clip.create_model("LaSt-ViT-nano")
