@@ -10,7 +10,7 @@ PY := .venv/bin/python
 #   make venv TORCH="torch torchvision --index-url URL_OF_THE_CPU_WHEELS"
 TORCH ?= torch torchvision
 
-.PHONY: venv test test-faults lint demo demo-full bench clean
+.PHONY: venv test test-faults test-slurm lint demo demo-full bench clean
 
 venv: .venv/.ready
 
@@ -34,6 +34,17 @@ test: venv
 test-faults: venv
 	LAZYCLIP_TEST_FAULTS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests/test_faults.py \
 	  tests/test_signals.py tests/test_bad_data.py tests/test_resume.py tests/test_step.py
+
+# A SLURM controller with two nodes under a temporary folder: ten minutes, everything ended after.
+SLURM_TOOLS := munged slurmctld slurmd sbatch srun
+test-slurm:
+	@for tool in $(SLURM_TOOLS); do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v $$tool >/dev/null || { \
+	    echo "error: no $$tool; on Debian or Ubuntu, as root: apt-get install -y" \
+	         "--no-install-recommends slurm-wlm munge" >&2; exit 2; }; \
+	done
+	@$(MAKE) --no-print-directory venv
+	LAZYCLIP_TEST_SLURM=1 $(PY) -m pytest -q --durations=0 --durations-min=1 tests/test_slurm_cluster.py
 
 lint: venv
 	$(PY) -m ruff format --check .

