@@ -1,243 +1,155 @@
-"""Loader samples per CPU second, ours beside open_clip_train's, on the same shards.
+"""Loader samples per CPU second and per second, ours beside open_clip_train's, on the same shards.
 
-    python benchmarks/bench_loader.py [--peer FOLDER] [--rounds R] [--samples N]
+    python benchmarks/bench_loader.py [--rounds R] [--samples N] [--workers 0 1 2] [--sides 256 512]
+    python benchmarks/bench_loader.py --raw
 
-Makes shards of 256 and 512 pixel JPEGs, then runs both loaders in alternating child processes, each
-in place (no loader processes, one thread), and takes the processor time of the whole process for N
-samples after the first batch. The peer needs its own webdataset (0.2.86), which this script puts in
-FOLDER once by pip. Raw reading, without decoding, beside webdataset's own iterator. Prints tables
-with the goals, then one line of JSON. Not here: training steps.
+Makes shards of 256 and 512 pixel JPEGs, then lets both loaders, each in a process of its own, take
+turns, with 0 (in place), 1 and 2 loader processes, one thread each, and takes processor time
+(children's too) and wall time for N samples a turn, after the batches that stood ready. Raw
+reading, without decoding, beside webdataset's own iterator, many rounds in one process. Not here:
+training steps.
 """
 
 import argparse
-import functools
-import importlib
-import io
-import json
 import os
 import statistics
-import subprocess
 import sys
-import tarfile
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+from kept import Ratio, keep, output_flag, ratio_of
+from laion_shards import write_shards
+from peer import DEFAULT, ensure_peer
+from processes import ROOT, Child
 
-ROOT = Path(__file__).resolve().parents[1]
-PEER_WEBDATASET = "webdataset==0.2.86"
-MODEL, BATCH = "ViT-B-32", 64
 SHARDS, EACH = 8, 250
 GOALS = {256: 2.5, 512: 2.0}
 RAW_GOAL = 5.0
-WORDS = ["old", "red", "house", "quiet", "lake", "two", "boats", "dawn", "a", "photo", "of", "the"]
+# Reads of all shards in one timing: a single one is too short to be timed on a busy machine.
+RAW_READS = 3
 
 
-def make_shards(folder: Path, side: int) -> None:
-    """Write shards of textured JPEGs, quality 92, each with a caption and a json."""
-    from PIL import Image
-
-    folder.mkdir(parents=True)
-    for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-            for place in range(EACH):
-                draw = np.random.default_rng(shard * EACH + place)
-                coarse = draw.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
-                smooth = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
-                noisy = np.asarray(smooth, dtype=float) + draw.normal(0, 12, (side, side, 3))
-                stream = io.BytesIO()
-                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
-                    stream, "JPEG", quality=92
-                )
-                key = f"{shard:05d}{place:04d}"
-                caption = " ".join(draw.permutation(WORDS))
-                for suffix, content in (
-                    ("jpg", stream.getvalue()),
-                    ("json", json.dumps({"key": key, "caption": caption}).encode()),
-                    ("txt", caption.encode()),
-                ):
-                    info = tarfile.TarInfo(f"{key}.{suffix}")
-                    info.size, info.mtime = len(content), time.time()  # a float: a pax header each
-                    tar.addfile(info, io.BytesIO(content))
+def _said(ratio: Ratio, goal: float) -> str:
+    return f"{ratio}, goal {goal:g}: {'reached' if ratio.median >= goal else 'not reached'}"
 
 
-def _theirs(pattern: str) -> Iterator[int]:
-    import open_clip
-
-    # The peer's own module, not a part of ours.
-    get_wds_dataset = importlib.import_module("open_clip_train.data").get_wds_dataset
-    _, preprocess, _ = open_clip.create_model_and_transforms(MODEL)
-    args = SimpleNamespace(
-        train_data=pattern, val_data=None, dataset_resampled=True,
-        train_num_samples=SHARDS * EACH * 100, train_data_upsampling_factors=None, seed=0,
-        batch_size=BATCH, world_size=1, workers=0,
-    )  # fmt: skip
-    info = get_wds_dataset(args, preprocess, True, tokenizer=open_clip.get_tokenizer(MODEL))
-    for images, _ in info.dataloader:
-        yield len(images)
-
-
-def _reader(pattern: str, folder: Path) -> Any:
-    from training.data.chunks import Reader
-    from training.data.prepare import Wanted, prepare
-
-    prepared = prepare(Wanted(pattern=pattern, fallback=folder))
-    return Reader(prepared.manifest, prepared.shards)
-
-
-def _ours(pattern: str, folder: Path) -> Iterator[int]:
-    from lazyclip.factory import build
-    from training.data.batches import Loading
-    from training.data.exact import Exact, steps
-    from training.data.order import lanes_for
-    from training.data.pixels import decode_pixels, fast_of
-    from training.data.samples import decode
-
-    built = build(MODEL)
-    transform = fast_of(built.preprocess_train)
-    if transform is None:
-        raise SystemExit(f"{MODEL} has no fast transform")
-    loading = Loading(BATCH, transform, built.tokenizer, 0, 0, 1, 0, pin=False)
-    exact = Exact(
-        _reader(pattern, folder),
-        lanes=lanes_for(BATCH, 1),
-        decode=functools.partial(decode, decoder=decode_pixels),
-    )
-    for step in steps(exact, loading):
-        yield len(step.images)
+def take_turns(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run both loaders in alternating rounds, at every size and number of processes."""
+    cases = {
+        (side, workers): {
+            "side": side, "workers": workers, "goal": GOALS[side], "theirs": [], "ours": []
+        }
+        for side in args.sides for workers in args.workers
+    }  # fmt: skip
+    pythons = {"theirs": ensure_peer(args.peer), "ours": Path(sys.executable)}
+    sides = {
+        name: Child(python, "loader_child.py", ["serve"], ours=name == "ours")
+        for name, python in pythons.items()
+    }
+    try:
+        until = time.monotonic() + 60 * args.minutes
+        for turn in range(args.rounds):
+            if turn and time.monotonic() > until:
+                print(f"{turn} of {args.rounds} rounds in {args.minutes:g} minutes", flush=True)
+                break
+            for (side, workers), case in cases.items():
+                pattern = write_shards(args.data / str(side), shards=SHARDS, each=EACH, side=side)
+                words = ["rate", "--pattern", pattern, "--samples", args.samples,
+                         "--workers", workers, "--folder", args.data]  # fmt: skip
+                for name in ("theirs", "ours") if turn % 2 == 0 else ("ours", "theirs"):
+                    one = sides[name].ask([*words, "--side", name])
+                    case[name].append({**one, "load": round(os.getloadavg()[0], 2)})
+    finally:
+        for child in sides.values():
+            child.close()
+    return list(cases.values())
 
 
-def _read_all(pattern: str, folder: Path) -> int:
-    from training.data.chunks import Shared
-
-    reader = _reader(pattern, folder)
-    chunks = Shared(reader)
-    count = 0
-    for number in range(len(reader.manifest.starts)):
-        chunk = chunks.get(number)
-        count += sum(1 for index in range(len(chunk.records)) if chunk.sample(index))
-    return count
-
-
-def child(kind: str, pattern: str, samples: int, folder: Path) -> None:
-    """Load batches and print the samples per CPU second after the first one."""
-    import torch
-
-    torch.set_num_threads(1)
-    batches = _ours(pattern, folder) if kind == "ours" else _theirs(pattern)
-    next(batches)
-    start, done = time.process_time(), 0
-    while done < samples:
-        done += next(batches)
-    print(json.dumps({"rate": done / (time.process_time() - start)}))
+def show(case: dict[str, Any]) -> dict[str, Any]:
+    """Print a case's figures; returns them with their ratios."""
+    found = dict(case)
+    for key, unit in (("per_cpu_second", "CPU second"), ("per_second", "second")):
+        ours, theirs = ([run[key] for run in case[name]] for name in ("ours", "theirs"))
+        ratio = ratio_of(ours, theirs)
+        found[key] = {
+            "theirs": statistics.median(theirs), "ours": statistics.median(ours), "ratio": ratio
+        }  # fmt: skip
+        loads = [run["load"] for name in ("ours", "theirs") for run in case[name]]
+        print(
+            f"{case['side']} px, {case['workers']} workers, samples per {unit}: open_clip_train "
+            f"{found[key]['theirs']:.0f}, ours {found[key]['ours']:.0f}; "
+            f"{_said(ratio, case['goal'])} (load {min(loads):.0f} to {max(loads):.0f})",
+            flush=True,
+        )
+    return found
 
 
-def run_child(kind: str, pattern: str, samples: int, peer: Path, folder: Path) -> float:
-    """Run one loader in a process of its own; returns samples per CPU second."""
-    paths = [str(ROOT / "src"), str(ROOT)]
-    if kind == "theirs":
-        paths.insert(0, str(peer))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--child", kind, "--pattern", pattern,
-         "--samples", str(samples), "--folder", str(folder)],
-        capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{kind} failed:\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["rate"])
-
-
-def raw(pattern: str, folder: Path, repeats: int) -> dict[str, float]:
-    """Read all samples of the shards without decoding, by webdataset and by chunks; warm cache."""
+def raw(args: argparse.Namespace) -> dict[str, Any]:
+    """Read all samples without decoding, by webdataset and by chunks; the cache is warm."""
     import webdataset
     from braceexpand import braceexpand
 
-    def theirs() -> int:
+    from training.data.chunks import Reader, Shared
+    from training.data.prepare import Wanted, prepare
+
+    pattern = write_shards(args.data / "256", shards=SHARDS, each=EACH, side=256)
+    prepared = prepare(Wanted(pattern=pattern, fallback=args.data))
+    reader = Reader(prepared.manifest, prepared.shards)
+
+    def chunks() -> int:
+        shared, count = Shared(reader), 0
+        for number in range(len(reader.manifest.starts)):
+            chunk = shared.get(number)
+            count += sum(1 for index in range(len(chunk.records)) if chunk.sample(index))
+        return count
+
+    def stream() -> int:
         source = webdataset.WebDataset(list(braceexpand(pattern)), shardshuffle=False)
         return sum(1 for _ in source)
 
     rates: dict[str, list[float]] = {"webdataset": [], "chunks": []}
-    for turn in range(repeats + 1):
-        for name, read in (("webdataset", theirs), ("chunks", lambda: _read_all(pattern, folder))):
+    for turn in range(args.raw_rounds + 1):
+        for name, read in (("webdataset", stream), ("chunks", chunks)):
             start = time.process_time()
-            count = read()
-            if count != SHARDS * EACH:
-                raise SystemExit(f"{name} read {count} of {SHARDS * EACH} samples")
+            count = sum(read() for _ in range(RAW_READS))
+            if count != SHARDS * EACH * RAW_READS:
+                raise SystemExit(f"{name} read {count} of {SHARDS * EACH * RAW_READS} samples")
             if turn:
                 rates[name].append(count / (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in rates.items()}
-
-
-def ensure_peer(folder: Path) -> None:
-    """Put the peer's webdataset into a folder of its own, once."""
-    if (folder / "webdataset").is_dir():
-        return
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder),
-         PEER_WEBDATASET],
-        check=True,
-    )  # fmt: skip
-
-
-def compare(root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Compare the loaders at both sizes, and raw reading at the first."""
-    found: dict[str, Any] = {}
-    for side, goal in GOALS.items():
-        make_shards(root / str(side), side)
-        pattern = str(root / str(side) / f"{{00000..{SHARDS - 1:05d}}}.tar")
-        rates: dict[str, list[float]] = {"theirs": [], "ours": []}
-        for turn in range(args.rounds):
-            for kind in ("theirs", "ours") if turn % 2 == 0 else ("ours", "theirs"):
-                rates[kind].append(run_child(kind, pattern, args.samples, args.peer, root / "m"))
-        ratios = [o / t for o, t in zip(rates["ours"], rates["theirs"], strict=True)]
-        ratio = statistics.median(ratios)
-        found[str(side)] = {"rates": rates, "ratio": ratio, "goal": goal}
-        reached = "reached" if ratio >= goal else "not reached"
-        print(
-            f"{side} px: open_clip_train {statistics.median(rates['theirs']):.0f}, ours "
-            f"{statistics.median(rates['ours']):.0f} samples per CPU second; {ratio:.2f} x "
-            f"({min(ratios):.2f}-{max(ratios):.2f} over {args.rounds} rounds), goal {goal}: "
-            f"{reached}",
-            flush=True,
-        )
-        if side == min(GOALS):
-            found["raw"] = raw(pattern, root / "m", args.rounds)
-            gain = found["raw"]["chunks"] / found["raw"]["webdataset"]
-            print(
-                f"raw reading, {side} px: webdataset {found['raw']['webdataset']:.0f}, chunks "
-                f"{found['raw']['chunks']:.0f} samples per CPU second; {gain:.1f} x, goal "
-                f"{RAW_GOAL:g}: {'reached' if gain >= RAW_GOAL else 'not reached'}",
-                flush=True,
-            )
-    return found
+    ratio = ratio_of(rates["chunks"], rates["webdataset"])
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    print(
+        f"raw reading, 256 px, webdataset {webdataset.__version__}: {middle['webdataset']:.0f}, "
+        f"chunks {middle['chunks']:.0f} samples per CPU second; {_said(ratio, RAW_GOAL)} "
+        f"(load {os.getloadavg()[0]:.1f})",
+        flush=True,
+    )
+    return {"rates": rates, "ratio": ratio, "goal": RAW_GOAL, "webdataset": webdataset.__version__}
 
 
 def main() -> None:
-    """Run the benchmark, or one child of it."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", type=Path, default=Path("out/peer"), help="folder for webdataset")
+    parser.add_argument("--peer", type=Path, default=DEFAULT, help="environment of the other side")
+    parser.add_argument("--data", type=Path, default=ROOT / "out" / "bench", help="for shards")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
-    parser.add_argument("--pattern", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--samples", type=int, default=768, help="of a turn")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sides", type=int, nargs="+", default=sorted(GOALS), choices=GOALS)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no further round after them")
+    parser.add_argument("--raw", action="store_true", help="raw reading only")
+    parser.add_argument("--raw-rounds", type=int, default=15)
+    output_flag(parser)
     args = parser.parse_args()
-    if args.child:
-        child(args.child, args.pattern, args.samples, args.folder)
-        return
-    from timing import machine
-
+    began = os.getloadavg()[0]
     sys.path.insert(0, str(ROOT))
-    args.peer = args.peer.resolve()
-    ensure_peer(args.peer)
-    with tempfile.TemporaryDirectory() as folder:
-        found = compare(Path(folder), args)
-    print(json.dumps({"benchmark": "loader", "machine": machine(), **found}))
+    found: dict[str, Any] = {"benchmark": "loader"}
+    if args.raw:
+        found["raw"] = raw(args)
+    else:
+        found["loaders"] = [show(case) for case in take_turns(args)]
+    keep(args, began, found)
 
 
 if __name__ == "__main__":
