@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .ahead import one_ahead
 from .batches import Loading, seeded
 from .children import settle
 from .chunks import Chunk, Reader, Shared
@@ -342,9 +343,15 @@ def steps(exact: Exact, loading: Loading, start: int = 0) -> Iterator[Step]:
         generator=torch.Generator(),
     )  # fmt: skip
     parts = iter(loader)
-    while True:
-        step = _joined([next(parts) for _ in range(workers)])
-        yield step.pin_memory() if loading.pin else step
+    # A thread begins on the first GPU, whatever the trainer uses; a number below 0 changes nothing.
+    gpu = torch.cuda.current_device() if loading.pin else -1
+
+    def joined() -> Iterator[Step]:
+        while True:
+            step = _joined([next(parts) for _ in range(workers)])
+            yield step.pin_memory() if loading.pin else step
+
+    yield from one_ahead(joined(), lambda: torch.cuda.set_device(gpu))
 
 
 def digest(ids: Iterable[tuple[str, int]]) -> str:
