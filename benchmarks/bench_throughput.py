@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="ViT-B-16,ViT-L-14,ViT-L-14-336", help="plain names")
     parser.add_argument("--poolings", default=",".join(POOLINGS))
-    parser.add_argument("--hows", default="plain,compile,checkpointing", help=", ".join(HOWS))
+    parser.add_argument("--hows", default=",".join(HOWS), help=", ".join(HOWS))
     parser.add_argument("--precision", default="amp_bf16", choices=("amp_bf16", "fp32"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batches", default="64,128,256,512,1024,2048,4096", help="tried in order")

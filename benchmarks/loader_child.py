@@ -77,6 +77,7 @@ def make_exact(args: argparse.Namespace) -> tuple[Any, Any]:
         Reader(prepared.manifest, prepared.shards),
         lanes=args.lanes or lanes_for(args.batch, 1),
         window=args.window or WINDOW,
+        workers=args.workers,
         decode=functools.partial(decode, decoder=decode_pixels),
     )
     return exact, Loading(args.batch, transform, tokenizer, 0, 0, 1, args.workers, pin=False)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+
+from lazyclip.base.pictures import FILE_FORMATS, open_picture
 
 from . import draw
 from .sets import CLASSES
@@ -64,13 +65,13 @@ def _cell(picture: npt.NDArray[np.uint8], below: str = "", first: bool = False) 
 
 def read_labels(file: Path) -> npt.NDArray[np.int64]:
     """Read a label map, H x W."""
-    with Image.open(file) as opened:
+    with open_picture(file, FILE_FORMATS) as opened:
         return np.asarray(opened, dtype=np.int64)
 
 
 def read_picture(file: Path) -> npt.NDArray[np.uint8]:
     """Read a picture, H x W x 3."""
-    with Image.open(file) as opened:
+    with open_picture(file, FILE_FORMATS) as opened:
         return np.asarray(opened.convert("RGB"))
 
 

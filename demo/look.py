@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from eval.models import add_model_flags, load_from_flags
 from eval.segmentation import confusion
@@ -26,6 +25,7 @@ from lazyclip import encode_tokens, project, vote_count
 from lazyclip.base import logs
 from lazyclip.base.config import write_json
 from lazyclip.base.errors import cli
+from lazyclip.base.pictures import FILE_FORMATS, open_picture
 from lazyclip.base.record import make_record
 from lazyclip.factory import Built
 from lazyclip.scores import patch_score
@@ -62,7 +62,7 @@ def view(built: Built, files: Sequence[Path], text: torch.Tensor, batch: int = 1
     for start in range(0, len(files), batch):
         pictures = []
         for file in files[start : start + batch]:
-            with Image.open(file) as opened:
+            with open_picture(file, FILE_FORMATS) as opened:
                 pictures.append(built.preprocess_val(opened.convert("RGB")))
         tokens = encode_tokens(built.model, torch.stack(pictures))
         patches, (h, w) = tokens.patches, tokens.grid

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT = 900, 560
-LEFT, RIGHT, TOP, BOTTOM = 70, 210, 56, 62
+WIDTH, HEIGHT = 970, 580
+LEFT, RIGHT, TOP, BOTTOM = 70, 280, 76, 62
 SCALE = 2  # drawn larger and shrunk, so that lines are smooth
 # Told apart by colour-blind eyes and in grey; the first is for zero-shot top-1.
 COLOURS = ("#1d3f8f", "#b35900", "#2e7d4f", "#8a2f7c", "#5a4a00")
 GRID, BLACK = "#dddddd", "#111111"
+DASH, DOT = 9, 3
+SMALLEST = 9  # of letters, where a text is long
 MOST_LINES = len(COLOURS)
 
 
@@ -23,19 +25,24 @@ MOST_LINES = len(COLOURS)
 class Line:
     """One curve.
 
-    Fields: label; points (alpha, score as a fraction), in rising order of alpha; level, the label
-    and score of a dashed line of the same colour, None for none.
+    Fields: label; points (alpha, score as a fraction), in rising order of alpha; level and chance,
+    the label and score of a dashed and of a dotted line of the same colour, None for none.
     """
 
     label: str
     points: tuple[tuple[float, float], ...]
     level: tuple[str, float] | None = None
+    chance: tuple[str, float] | None = None
+
+    def levels(self) -> list[tuple[str, float]]:
+        """Return what is drawn beside the curve."""
+        return [level for level in (self.level, self.chance) if level is not None]
 
 
 def _top(lines: Sequence[Line]) -> float:
     """Return the upper end of the axis in per cent, a multiple of 10."""
     values = [score for line in lines for _, score in line.points]
-    values += [line.level[1] for line in lines if line.level is not None]
+    values += [score for line in lines for _, score in line.levels()]
     return max(10.0, -(-100 * max(values, default=0.0) // 10) * 10)
 
 
@@ -66,12 +73,24 @@ class _Frame:
         return x * SCALE, y * SCALE
 
     def text(
-        self, at: tuple[float, float], words: str, colour: str, size: int, anchor: str
+        self,
+        at: tuple[float, float],
+        words: str,
+        colour: str,
+        size: int,
+        anchor: str,
+        most: float = WIDTH,
     ) -> None:
+        """Write a text, smaller and at last cut where it is wider than `most`."""
         font = ImageFont.load_default(size=size * SCALE)
+        while font.getlength(words) > most * SCALE and size > SMALLEST:
+            size -= 1
+            font = ImageFont.load_default(size=size * SCALE)
+        while font.getlength(words) > most * SCALE:
+            words = words.removesuffix("…")[:-1] + "…"
         self.pen.text(at, words, colour, font, anchor)
 
-    def axes(self, title: str, x_title: str) -> None:
+    def axes(self, title: Sequence[str], x_title: str) -> None:
         step = 10 if self.top <= 60 else 20
         for percent in range(0, int(self.top) + 1, step):
             ends = self.place(0, percent), self.place(1, percent)
@@ -82,8 +101,9 @@ class _Frame:
             self.pen.line(((x, y), (x, y + 5 * SCALE)), BLACK, SCALE)
             self.text((x, y + 9 * SCALE), f"{tenth / 10:g}", BLACK, 14, "ma")
         self.pen.line((self.place(0, 0), self.place(1, 0)), BLACK, SCALE)
-        self.text((LEFT * SCALE, 14 * SCALE), title, BLACK, 16, "la")
-        self.text((LEFT * SCALE, 36 * SCALE), "per cent", BLACK, 13, "la")
+        for y, size, words in zip((10, 32), (16, 14), title, strict=False):
+            self.text((LEFT * SCALE, y * SCALE), words, BLACK, size, "la", WIDTH - LEFT - 10)
+        self.text((LEFT * SCALE, 55 * SCALE), "per cent", BLACK, 13, "la")
         middle = self.place(0.5, 0)[0]
         self.text((middle, (HEIGHT - 24) * SCALE), x_title, BLACK, 14, "ma")
 
@@ -94,22 +114,22 @@ class _Frame:
         for x, y in spots:
             reach = 4 * SCALE
             self.pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=colour)
-        if line.level is not None:
-            self._dashes(100 * line.level[1], colour)
+        for level, dash in ((line.level, DASH), (line.chance, DOT)):
+            if level is not None:
+                self._dashes(100 * level[1], colour, dash * SCALE)
 
-    def _dashes(self, percent: float, colour: str) -> None:
+    def _dashes(self, percent: float, colour: str, dash: int) -> None:
         (x0, y), (x1, _) = self.place(0, percent), self.place(1, percent)
-        dash = 9 * SCALE
         for start in range(int(x0), int(x1), 2 * dash):
             self.pen.line(((start, y), (min(start + dash, x1), y)), colour, SCALE)
 
 
-def draw(lines: Sequence[Line], title: str, x_title: str) -> Image.Image:
+def draw(lines: Sequence[Line], title: Sequence[str], x_title: str) -> Image.Image:
     """Draw curves over alpha, each labelled at its end, y from zero in per cent.
 
     Args:
         lines: at most five.
-        title: above the frame; what is scored, and on how many images.
+        title: above the frame, at most two lines; which models, how and on what they are scored.
         x_title: of the axis.
 
     Raises:
@@ -124,16 +144,16 @@ def draw(lines: Sequence[Line], title: str, x_title: str) -> Image.Image:
     for line, colour in zip(lines, COLOURS, strict=False):
         frame.curve(line, colour)
         labels.append((line.label, line.points[-1][1], colour))
-        if line.level is not None:
-            labels.append((*line.level, colour))
+        labels += [(label, score, colour) for label, score in line.levels()]
     ends = [frame.place(1, 100 * score)[1] for _, score, _ in labels]
     places = _spread(ends, 20 * SCALE, (HEIGHT - BOTTOM) * SCALE)
     for (label, _, colour), y in zip(labels, places, strict=True):
-        frame.text(((WIDTH - RIGHT + 14) * SCALE, y), label, colour, 14, "lm")
+        left = WIDTH - RIGHT + 14
+        frame.text((left * SCALE, y), label, colour, 14, "lm", WIDTH - left - 6)
     return frame.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
-def save_picture(file: Path, lines: Sequence[Line], title: str, x_title: str) -> None:
+def save_picture(file: Path, lines: Sequence[Line], title: Sequence[str], x_title: str) -> None:
     """Write a picture of `draw` as PNG, whole or not at all; lines beyond five are left out."""
     part = file.with_name(file.name + ".part")
     draw(lines[:MOST_LINES], title, x_title).save(part, "PNG", optimize=True)

@@ -48,6 +48,7 @@ EXAMPLE = (
 )
 SCORES = "scores.json"
 START = "start"
+THREADS = 2  # that decode
 # What two runs must have in common for the first one's scores to stand.
 SAME = "other than what is asked for here"
 
@@ -92,7 +93,12 @@ def make_parser() -> Parser:
     dense.add_argument("--seg-limit", type=int, help="score the first N images only")
     how = parser.add_argument_group("how it is run")
     how.add_argument("--batch-size", type=int, default=64, help="images or windows in a pass (64)")
-    how.add_argument("--workers", type=int, help="threads or processes that read")
+    how.add_argument(
+        "--workers",
+        type=int,
+        help=f"threads that decode ({THREADS}), and "
+        "processes that read for segmentation; 0: one thread, no process",
+    )
     how.add_argument("--max-bad", type=int, default=0, help="bad images that may be left out (0)")
     how.add_argument("--no-text-cache", action="store_true", help="see eval.zeroshot_seg")
     add_output_flags(how, "needed")
@@ -219,7 +225,8 @@ def _zero_shot(
     if wanted.classes is None:
         return {}
     record = make_record(MODULE, argv, vars(args), device=args.device, dtype=args.precision)
-    how = argparse.Namespace(**{**vars(args), "workers": args.workers or 2})
+    threads = THREADS if args.workers is None else max(args.workers, 1)
+    how = argparse.Namespace(**{**vars(args), "workers": threads})
     tally = Tally(args.max_bad)
     scored = classify(how, built, list(wanted.shards), wanted.classes, tally)
     info = dataclasses.replace(built.info, pooling=pooling_of(built.model).to_dict())

@@ -1,6 +1,7 @@
 """What an interpolation leaves: curve.csv, curve.png, results.json, and a table for people.
 
-A row is what `interpolate.score_share` returns. Not here: the scoring, how curves are drawn.
+A row is what `interpolate.score_share` returns. The picture is made from results.json alone and can
+be made again from it (`save_curve`). Not here: the scoring, how curves are drawn.
 """
 
 import csv
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lazyclip.base.config import write_json
+from lazyclip.base.config import read_json, write_json
 
 from .commandline import RESULTS
 from .curve import MOST_LINES, Line, save_picture
@@ -17,6 +18,7 @@ from .curve import MOST_LINES, Line, save_picture
 log = logging.getLogger(__name__)
 CURVE, PICTURE = "curve.csv", "curve.png"
 WRITTEN = (CURVE, PICTURE, RESULTS)
+X_TITLE = "alpha, the share of the fine-tuned weights: 0 = start, 1 = fine-tuned"
 Row = Mapping[str, Any]
 
 
@@ -47,11 +49,21 @@ def write_curve(file: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
             out.writerow([*about, *cells[2:]])
 
 
-def lines_of(rows: Sequence[Row], own: Row | None, names: Sequence[str]) -> list[Line]:
-    """Make the picture's curves: zero-shot top-1, then mIoU of each benchmark."""
+def lines_of(
+    rows: Sequence[Row], own: Row | None, names: Sequence[str], chance: float | None = None
+) -> list[Line]:
+    """Make the picture's curves: zero-shot top-1, then mIoU of each benchmark.
+
+    Args:
+        rows: of the shares.
+        own: of the start model with its own pooling.
+        names: benchmarks.
+        chance: top-1 of guessing.
+    """
     top = tuple((row["alpha"], row["top1"]) for row in rows if row.get("top1") is not None)
-    level = (f"start, {own['pooling']}", own["top1"]) if own else None
-    lines = [Line("zero-shot top-1", top, level)]
+    level = (f"top-1 of the start by {_by(own['pooling'])}", own["top1"]) if own else None
+    guess = None if chance is None else ("top-1 by chance", chance)
+    lines = [Line("zero-shot top-1", top, level, guess)]
     for name in names:
         points = [(row["alpha"], _miou(row, name)) for row in rows]
         lines.append(Line(f"mIoU {name}", tuple((a, s) for a, s in points if s is not None)))
@@ -72,10 +84,33 @@ def table(rows: Sequence[Row], own: Row | None, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _title(row: Row) -> str:
+def _by(pooling: str) -> str:
+    """Write what `runs.pooling_words` returns for people who read a picture."""
+    name, _, settings = pooling.partition(" ")
+    if name == "last":
+        return f"LaSt pooling ({settings.replace(' score', ', score')})"
+    return {"token": "its CLS token"}.get(name, f"{name} pooling")
+
+
+def _title(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Name the models; then how they are read, and how many images each score is of."""
+    row = found["curve"][0]
     parts = [f"top-1 of {row['n']} images"] if row.get("n") else []
-    parts += [f"{name} of {found['images']}" for name, found in row["dense"].items()]
-    return "start and tuned weights mixed; " + ", ".join(parts)
+    parts += [f"mIoU {name} of {one['images']}" for name, one in row["dense"].items()]
+    if parts and row.get("n"):
+        parts[0] += f" read by {_by(row['pooling'])}"
+    pair = f"start {found['start']['name']} mixed with fine-tuned {found['tuned']['name']}"
+    return pair, "; ".join(parts)
+
+
+def save_curve(folder: Path) -> None:
+    """Draw curve.png from the results.json beside it."""
+    found = read_json(folder / RESULTS)
+    rows = found["curve"]
+    lines = lines_of(rows, found["start_own_pooling"], list(rows[0]["dense"]), found["chance"])
+    if len(lines) > MOST_LINES:
+        log.warning("%s shows %d of %d lines", PICTURE, MOST_LINES, len(lines))
+    save_picture(folder / PICTURE, lines, _title(found), X_TITLE)
 
 
 def write_results(
@@ -92,15 +127,12 @@ def write_results(
         rows: of the shares, in rising order.
         own: of the start model with the pooling its weights were trained with, None for none.
         names: benchmarks.
-        about: what else stands in results.json: models, chance, record.
+        about: what else stands in results.json: start, tuned, chance, model, record.
     """
     write_curve(output / CURVE, [*([own] if own else []), *rows], names)
-    lines = lines_of(rows, own, names)
-    if len(lines) > MOST_LINES:
-        log.warning("%s shows %d of %d lines", PICTURE, MOST_LINES, len(lines))
-    save_picture(output / PICTURE, lines, _title(rows[0]), "share alpha of the tuned weights")
     bare = [{k: v for k, v in row.items() if k != "of"} for row in (*rows, *([own] if own else []))]
     write_json(
         output / RESULTS,
         {"curve": bare[: len(rows)], "start_own_pooling": bare[-1] if own else None, **about},
     )
+    save_curve(output)

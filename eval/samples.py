@@ -17,6 +17,7 @@ from typing import TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from lazyclip.base.errors import UserError
+from lazyclip.base.pictures import open_picture
 from lazyclip.boxes import Box, from_inclusive
 from lazyclip.shards import (
     IMAGE_SUFFIXES,
@@ -190,7 +191,7 @@ def picture_of(sample: Sample) -> Image.Image:
             f"no picture ({', '.join(IMAGE_SUFFIXES)}) among {', '.join(sorted(sample.parts))}",
         )
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_picture(io.BytesIO(content)) as image:
             return image.convert("RGB")
     except UnidentifiedImageError:
         # Pillow's own text names the stream by its address in memory.

@@ -28,7 +28,6 @@ for _folder in (ROOT, ROOT / "src"):
         sys.path.insert(0, str(_folder))
 
 import open_clip  # noqa: E402
-from PIL import Image  # noqa: E402
 
 from eval.commandline import RESULTS, Parser  # noqa: E402
 from eval.published import (  # noqa: E402
@@ -41,6 +40,7 @@ from eval.zeroshot_cls import score  # noqa: E402
 from lazyclip.base.config import read_json, write_json  # noqa: E402
 from lazyclip.base.errors import UserError, cli, unknown  # noqa: E402
 from lazyclip.base.logs import Progress, setup  # noqa: E402
+from lazyclip.base.pictures import FILE_FORMATS, open_picture  # noqa: E402
 from lazyclip.base.record import make_record  # noqa: E402
 from lazyclip.factory import Built, build  # noqa: E402
 from lazyclip.weights import file_sha256, tag_activation  # noqa: E402
@@ -152,7 +152,7 @@ def top1_of_folder(held: Held, built: Built, args: argparse.Namespace) -> float:
     def pictures() -> Iterator[tuple[object, int]]:
         for file, index in listed:
             try:
-                with Image.open(file) as opened:
+                with open_picture(file, FILE_FORMATS) as opened:
                     image = opened.convert("RGB")
             except (OSError, ValueError, SyntaxError) as error:
                 raise UserError(f"{file} is not readable as a picture ({error})") from None

@@ -2,6 +2,11 @@
 # What the batch scripts share: the site's values, the environment of a node, launching, signals,
 # requeueing. Sourced with the checkout as the working directory. Not here: what a task is.
 
+# Older ones take an empty array for a name that is not set.
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "error: bash $BASH_VERSION is too old for these scripts; put 4.4 or newer first on PATH" >&2
+  exit 2
+fi
 site=${LAZYCLIP_SITE:-slurm/site.sh}
 if [[ ! -r $site ]]; then
   echo "error: LAZYCLIP_SITE $site cannot be read; give the path of your copy of slurm/site.sh" >&2
@@ -12,6 +17,12 @@ source "$site"
 
 read -r -a inside <<<"$SITE_CONTAINER"
 read -r -a srun_more <<<"$SITE_SRUN_MORE"
+# Before a single process. A container that srun makes is not there without srun.
+once=("${inside[@]}")
+if ((${#srun_more[@]})); then
+  once=(srun --nodes 1 --ntasks 1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task "$SLURM_CPUS_PER_TASK"}
+    "${srun_more[@]}" "${inside[@]}")
+fi
 child=     # process of the work that runs in the background
 asked=     # the signal by which this job was asked to end
 pass_on=   # what the work gets for USR1
@@ -66,6 +77,15 @@ read_tasks() {
   ((${#tasks[@]})) || die "$1 holds no task"
 }
 
+# check_columns NUMBER TABLE WHERE LINE: dies unless the line holds so many columns.
+check_columns() {
+  local columns
+  IFS=$'\t' read -r -a columns <<<"$4"
+  ((${#columns[@]} >= $1)) ||
+    die "$3 of $2 has ${#columns[@]} of the $1 columns it needs at least; separate them by TABs:" \
+      "${4//$'\t'/<TAB>}"
+}
+
 # task_line TABLE: fills `index` and `line` with the task of this array index.
 task_line() {
   read_tasks "$1"
@@ -105,12 +125,20 @@ wait_for_child() {
 }
 
 # again WHY: put this job back into the queue under its number; the same script begins again. A job
-# that is cancelled, or that SLURM puts back itself, is no longer running and is left alone.
+# that is cancelled, or that SLURM puts back itself, is no longer running and is left alone. A
+# controller that is away for a moment is asked some times.
 again() {
-  local state own=$SLURM_JOB_ID
+  local state='' tries=6 own=$SLURM_JOB_ID
   # The number of an array's job may mean all of its tasks.
   [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || own=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  state=$(squeue --noheader --jobs "$own" --format %T) || state=unknown
+  until state=$(squeue --noheader --jobs "$own" --format %T); do
+    if ((--tries == 0)); then
+      echo "error: squeue does not answer, so the job was not put back ($*); submit the same" \
+        "command again, or: scontrol requeue $own" >&2
+      exit 75
+    fi
+    sleep 5
+  done
   if [[ $state != RUNNING ]]; then
     echo "left to SLURM, which says the job is $state: $*"
     exit 75
@@ -160,15 +188,23 @@ launch() {
 # decide begin|end WORDS...: ask training.requeue; fills `verdict` and `why`.
 decide() {
   local said
-  said=$("${inside[@]}" python -m training.requeue "$@" --starts "$SITE_STARTS") ||
+  said=$("${once[@]}" python -m training.requeue "$1" --starts "$SITE_STARTS" "${@:2}") ||
     die "training.requeue failed; its line stands above"
   verdict=${said%% *} why=${said#* }
+}
+
+# name_of FLAGS...: the training's name.
+name_of() {
+  local name
+  name=$(flag_value --name "$@") || die "give the training a --name: by it the next start finds it"
+  [[ -n $name && $name != -* ]] || die "--name has no value; write the training's name behind it"
+  printf '%s' "$name"
 }
 
 # train_task FLAGS...: one training from wherever it stands to its end, or back into the queue.
 train_task() {
   local words=("$@") logs name code=0
-  name=$(flag_value --name "$@") || die "give the training a --name: by it the next start finds it"
+  name=$(name_of "$@") || exit 2
   if ! logs=$(flag_value --logs "$@"); then
     logs=$SITE_LOGS
     words+=(--logs "$logs")
@@ -179,11 +215,14 @@ train_task() {
     exit 0
   fi
   has_flag --resume "$@" || words+=(--resume latest)
-  decide begin "$logs" "$name"
+  decide begin "$logs" "$name" -- "${words[@]}"
+  [[ $verdict != refused ]] || die "$name: $why"
   echo "$name: $verdict: $why"
   case $verdict in
+    start) ;;
     finished) exit 0 ;;
     stop) exit 1 ;;
+    *) die "training.requeue did not answer but said the line above" ;;
   esac
   if [[ -z $asked ]]; then
     launch "${words[@]}"
@@ -193,6 +232,7 @@ train_task() {
   case $verdict in
     finished) exit 0 ;;
     requeue) again "$name: $why" ;;
+    refused) die "$name: $why" ;;
   esac
   echo "$name: $verdict: $why"
   exit $((code ? code : 1))

@@ -23,7 +23,8 @@ SITE_SBATCH_MORE=${SITE_SBATCH_MORE:-}      # further words for sbatch, such as 
 SITE_MODULES=${SITE_MODULES:-}              # names for `module load`
 SITE_VENV=${SITE_VENV-.venv}                # its bin/ goes first on PATH where it exists
 SITE_CONTAINER=${SITE_CONTAINER:-}          # words before each command: "apptainer exec --nv clip.sif"
-SITE_SRUN_MORE=${SITE_SRUN_MORE:-}          # further words for srun: "--container-image=clip.sqsh"
+SITE_SRUN_MORE=${SITE_SRUN_MORE:-}          # further words for srun: "--container-image=clip.sqsh";
+#   srun then starts evaluations and training.requeue too, not only trainings
 
 # --- how a training is started, and when it is given up ---------------------------------------------
 SITE_LOGS=${SITE_LOGS:-logs}                # runs, and in slurm/ below it the jobs' own output

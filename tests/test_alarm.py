@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lazyclip.base.errors import UserError
 from lazyclip.export import save_model
 from lazyclip.factory import build
 from lazyclip.pooling import PoolSpec
@@ -197,6 +198,58 @@ def test_after_a_fall_the_run_goes_on_with_a_higher_limit(tmp_path, straight):
     ran = run(tmp_path, max_top1_drop=1, resume="latest")
     assert ran.code == 0, ran.err
     assert scored(ran.folder) == scored(straight.folder)
+
+
+def given(monkeypatch, *scores: float) -> None:
+    """Let probes find these scores, in turn."""
+    left = list(scores)
+    monkeypatch.setattr(Probe, "top1", lambda self, model: left.pop(0))
+
+
+def state_of(folder: Path) -> tuple[str, int]:
+    status = json.loads((folder / "status.json").read_text())
+    return status["state"], status["step"]
+
+
+@pytest.mark.parametrize("every", [999, 3])
+def test_the_same_command_again_does_not_get_past_a_fall(tmp_path, monkeypatch, every):
+    given(monkeypatch, 0.9, 0.2)
+    how = {"probe_every": every, "max_top1_drop": 0.1}
+    first = run(tmp_path, **how)
+    assert first.code == 2
+    at = state_of(first.folder)
+    lines, held = metrics(first.folder), sorted((first.folder / "checkpoints").iterdir())
+    for _ in range(2):
+        ran = run(tmp_path, **how, resume="latest")
+        assert (ran.code, state_of(ran.folder)) == (2, at)
+        assert "fell by 70.0 points to 20.0 % at step" in ran.err.splitlines()[-1]
+        assert not (ran.folder / "model").exists()
+    assert metrics(ran.folder) == lines
+    assert sorted((ran.folder / "checkpoints").iterdir()) == held
+
+
+def test_a_run_that_fell_at_its_end_finishes_by_a_higher_limit_and_says_how_it_ends(
+    tmp_path, monkeypatch
+):
+    begun = saved(tmp_path / "start", PLAIN)
+    given(monkeypatch, 0.9, 0.9, 0.2)
+    how = {"probe_every": 999, "pretrained": begun, "last_pooling": "last"}
+    assert run(tmp_path, max_top1_drop=0.1, **how).code == 2
+    assert run(tmp_path, resume="latest", **how).code == 2  # the limit is the run's
+    ran = run(tmp_path, max_top1_drop=1, resume="latest", **how)
+    assert (ran.code, state_of(ran.folder)[0]) == (0, "finished")
+    assert "the run ends at 20.0 % zero-shot top-1, 70.0 points below the 90.0 %" in ran.err
+
+
+def test_a_fall_taken_over_is_said_with_the_images_it_was_scored_on(built):
+    alarm = alarm_of(built, [0.9, 0.2])
+    alarm.measure(0, built.model)
+    alarm.measure(4, built.model)
+    later = alarm_of(built, [], most=0.1)
+    later.probe.images = 0
+    later.restore(json.loads(json.dumps(alarm.state())))
+    with pytest.raises(UserError, match=r"at step 4, from 90\.0 % at step 0 .*, 400 images"):
+        later.refuse_fall()
 
 
 def test_a_run_that_ends_far_below_its_start_says_so(built, caplog):

@@ -6,7 +6,15 @@ import json
 import pytest
 
 from lazyclip.base import checkpoint
-from lazyclip.base.checkpoint import NotWholeError, list_steps, newest_whole, prune, verify, writing
+from lazyclip.base.checkpoint import (
+    NotWholeError,
+    first_of_spans,
+    list_steps,
+    newest_whole,
+    prune,
+    verify,
+    writing,
+)
 
 
 def save(parent, step, content=b"weights"):
@@ -90,6 +98,23 @@ def test_files_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
     assert order[2] == "manifest.json"
     assert order[-1] == tmp_path.name
     assert folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [((), []), ((5, 9), []), ((5, 10, 15, 20, 29), [10, 20]), ((3, 12, 17, 19, 33, 38), [12, 33]),
+     ((47, 41, 9), [41])],
+)  # fmt: skip
+def test_of_each_span_the_first_step_stays_for_good(steps, kept):
+    assert sorted(first_of_spans(steps, 10)) == kept
+
+
+def test_saves_that_never_fall_on_a_round_step_leave_one_of_each_span(tmp_path):
+    """As they come, one by one: what stays does not depend on when others went."""
+    for step in range(3, 60, 4):
+        save(tmp_path, step)
+        prune(tmp_path, keep=2, every=20)
+    assert [step for step, _ in list_steps(tmp_path)] == [23, 43, 55, 59]
 
 
 def test_the_newest_steps_and_the_round_ones_stay(tmp_path):

@@ -241,10 +241,10 @@ def test_a_checkpoint_holds_exactly_the_bytes_foretold():
 
 @pytest.mark.parametrize(
     ("steps", "every", "keep", "kept", "by_clock"),
-    [(119_048, 10_000, 3, 12, 14), (156_250, 20_000, 3, 8, 10), (25, 10, 3, 3, 3),
+    [(119_048, 10_000, 3, 12, 14), (156_250, 20_000, 3, 8, 18), (25, 10, 3, 3, 3),
      (25, 10, 1, 1, 1), (25, 10, 0, 3, 3), (30_000, 5_000, 3, 4, 6)],
 )  # fmt: skip
-def test_the_newest_checkpoints_and_each_ten_thousandth_step_stay(
+def test_the_newest_checkpoints_and_the_first_of_each_ten_thousand_steps_stay(
     steps, every, keep, kept, by_clock
 ):
     plan = Plan(1, 1, steps, 1, 0, every, 1)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval import interpolate, zeroshot_cls, zeroshot_seg
-from eval.curve import Line, draw
+from eval import interpolate, interpolated, zeroshot_cls, zeroshot_seg
+from eval.curve import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, draw
 from eval.endpoints import find_tuned, split_start
 from eval.mixing import check_pair, mix, parse_alphas
 from eval.runs import CLASSIFICATION, SEGMENTATION, collect
@@ -221,7 +222,7 @@ def test_what_is_left_says_what_was_mixed(world, finished):
     }
     assert len(hashes) == 3
     with Image.open(finished / "curve.png") as picture:
-        assert picture.size == (900, 560)
+        assert picture.size == (WIDTH, HEIGHT)
 
 
 def test_the_table_finds_both_scores_and_tells_the_mixtures_apart(finished):
@@ -240,6 +241,23 @@ def test_a_pooling_by_flag_holds_for_every_mixture(world, tmp_path):
     argv = words(world, tmp_path / "out", "--alphas", "1", "--last-pooling", "token", dense=False)
     assert interpolate.main(argv) == 0
     assert [row["pooling"] for row in rows_of(tmp_path / "out")] == ["token"]
+
+
+@pytest.mark.parametrize(("flags", "threads"), [([], 2), (["--workers", "0"], 1),
+                                                (["--workers", "3"], 3)])  # fmt: skip
+def test_workers_are_the_threads_that_decode_and_0_is_one(
+    world, tmp_path, monkeypatch, flags, threads
+):
+    plain, seen = interpolate.classify, []
+
+    def classify(how, *rest):
+        seen.append(how.workers)
+        return plain(how, *rest)
+
+    monkeypatch.setattr(interpolate, "classify", classify)
+    argv = words(world, tmp_path / "out", "--alphas", "1", *flags, dense=False)
+    assert interpolate.main(argv) == 0
+    assert set(seen) == {threads}
 
 
 def test_saved_mixtures_have_the_mixed_weights_and_the_ends_are_bit_equal(world, tmp_path, capsys):
@@ -375,29 +393,70 @@ def test_mistakes_are_one_line(world, tmp_path, capsys, drop, add, word):
 def coloured(picture: Image.Image, colour: str) -> np.ndarray:
     """Rows and columns of the pixels of one colour, outside the labels."""
     wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    pixels = np.asarray(picture).astype(int)[:, :690]
+    pixels = np.asarray(picture).astype(int)[:, : WIDTH - RIGHT]
     return np.argwhere(np.abs(pixels - wanted).max(axis=2) < 8)
 
 
 def test_higher_scores_stand_higher_and_shares_run_to_the_right():
     line = Line("a", ((0.0, 0.1), (1.0, 0.9)))
-    spots = coloured(draw([line], "t", "x"), "#1d3f8f")
+    spots = coloured(draw([line], ("t",), "x"), COLOURS[0])
     left, right = spots[spots[:, 1] < 200], spots[spots[:, 1] > 600]
     assert left[:, 0].min() > right[:, 0].max()
 
 
 def test_a_level_is_a_dashed_line_at_its_score():
     line = Line("a", ((0.0, 0.0), (1.0, 0.0)), ("start", 0.5))
-    spots = coloured(draw([line], "t", "x"), "#1d3f8f")
+    spots = coloured(draw([line], ("t",), "x"), COLOURS[0])
     rows = set(spots[spots[:, 0] < 400][:, 0].tolist())
     assert rows
-    middle = 56 + (560 - 62 - 56) * (1 - 0.5 / 0.5)
-    assert all(abs(row - middle) <= 2 for row in rows)
+    assert all(abs(row - TOP) <= 2 for row in rows)
+
+
+def test_chance_is_a_dotted_line_at_its_score():
+    line = Line("a", ((0.0, 0.0), (1.0, 0.0)), ("start", 0.5), ("chance", 0.25))
+    dark = np.asarray(draw([line], ("t",), "x"))[:, LEFT : WIDTH - RIGHT, 0] < 120
+    rows = {
+        name: dark[row] for name, row in (("start", TOP), ("chance", (TOP + HEIGHT - BOTTOM) // 2))
+    }
+    pieces = {name: np.count_nonzero(np.diff(row.astype(int)) > 0) for name, row in rows.items()}
+    assert pieces["chance"] > 2 * pieces["start"] > 20
+    assert all(0.4 < row.mean() < 0.6 for row in rows.values())
+
+
+@pytest.mark.parametrize("letters", [3, 60, 300])
+def test_no_text_leaves_the_picture(letters):
+    line = Line("w" * letters, ((0.0, 0.1), (1.0, 0.9)))
+    pixels = np.asarray(draw([line], ("w" * letters, "w" * letters), "x").convert("L"))
+    assert pixels[:, -4:].min() == 255
+    assert pixels[:TOP, LEFT:].min() < 128
+    assert pixels[:, WIDTH - RIGHT + 14 :].min() < 200
+
+
+def test_a_picture_says_which_models_by_which_pooling_and_what_chance_is(finished):
+    found = json.loads((finished / "results.json").read_text())
+    title, below = interpolated._title(found)
+    names = [found[end]["name"] for end in ("start", "tuned")]
+    assert title == f"start {names[0]} mixed with fine-tuned {names[1]}"
+    assert below == (
+        "top-1 of 24 images read by LaSt pooling (k 2, score paper); mIoU toy of "
+        f"{found['curve'][0]['dense']['toy']['images']}"
+    )
+    rows, own = found["curve"], found["start_own_pooling"]
+    top, miou = interpolated.lines_of(rows, own, ["toy"], found["chance"])
+    assert top.level == ("top-1 of the start by its CLS token", own["top1"])
+    assert top.chance == ("top-1 by chance", pytest.approx(1 / 3))
+    assert (miou.label, miou.levels()) == ("mIoU toy", [])
+
+
+def test_a_picture_is_made_again_from_the_results_alone(finished, tmp_path):
+    shutil.copy(finished / "results.json", tmp_path)
+    interpolated.save_curve(tmp_path)
+    assert (tmp_path / "curve.png").read_bytes() == (finished / "curve.png").read_bytes()
 
 
 def test_more_lines_than_colours_are_an_error():
     with pytest.raises(ValueError, match="6 lines"):
-        draw([Line(str(n), ((0.0, 0.1),)) for n in range(6)], "t", "x")
+        draw([Line(str(n), ((0.0, 0.1),)) for n in range(6)], ("t",), "x")
 
 
 def test_every_setting_that_changes_a_score_is_asked_for_again(world, finished):

@@ -16,7 +16,7 @@ from training.data import locate
 from training.data import manifest as manifests
 from training.data.locate import find, read_factors
 from training.data.manifest import load, report, save, verify
-from training.data.prepare import Wanted, prepare, take_over, told
+from training.data.prepare import Wanted, prepare
 from training.data.records import group
 from training.data.survey import How, survey_all
 from training.data.tar import members_in, memory
@@ -414,36 +414,6 @@ def test_one_file_under_two_spellings_is_one_shard(tmp_path):
     shards, _ = find(spelt)
     assert pattern
     assert [(shard.path, shard.factor) for shard in shards] == [(file, 3)]
-
-
-def test_another_rank_takes_over_what_the_first_found_and_opens_no_shard(tmp_path, monkeypatch):
-    caption_shards(tmp_path / "s", shards=2, per_shard=5)
-    write_shard(tmp_path / "s" / "00002.tar.gz", [PAIR] * 5)
-    wanted = Wanted(str(tmp_path / "s"), tmp_path, "3", how=How(chunk=4))
-    first = prepare(wanted)
-    found = json.loads(json.dumps(told(first)))
-    monkeypatch.setattr("training.data.locate.is_gzip", None)  # it would be called
-    monkeypatch.setattr("training.data.prepare.find", None)
-    for look in (False, True):
-        taken = take_over(wanted, found, look)
-        assert taken.shards == first.shards
-        assert taken.manifest.sha256 == first.manifest.sha256
-        assert taken.file == first.file
-    first.shards[0].path.write_bytes(b"")
-    take_over(wanted, found, look=False)
-    with pytest.raises(UserError, match="1 shards are not what the manifest says"):
-        take_over(wanted, found, look=True)
-    with pytest.raises(UserError, match=r"is another one on .* than on rank 0's machine"):
-        take_over(wanted, {**found, "sha256": "0" * 64}, look=False)
-
-
-def test_a_machine_with_a_disk_of_its_own_indexes_its_own_shards(tmp_path):
-    caption_shards(tmp_path / "s", shards=2, per_shard=5)
-    wanted = Wanted(str(tmp_path / "s"), tmp_path)
-    found = told(prepare(wanted))
-    Path(found["file"]).unlink()
-    assert take_over(wanted, found, look=True).manifest.sha256 == found["sha256"]
-    assert Path(found["file"]).exists()
 
 
 def test_each_shard_is_looked_into_once_at_a_start(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyclip.base.errors import UserError
-from training.data.order import Order, check_lanes, lanes_for
+from training.data.order import Order, check_lanes, fewer_lanes, lanes_for
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(lambda c: sum(c) > 0)
 
@@ -64,6 +64,17 @@ def test_a_chunk_with_a_factor_comes_so_often_and_its_copies_are_told_apart(coun
     assert order.samples == len(found) == len(set(found)) == total
     times = Counter((slot.chunk, slot.place) for slot in found)
     assert all(times[chunk, 0] == factors[chunk] for chunk, n in enumerate(counts) if n)
+
+
+@given(COUNTS, st.integers(1, 12), st.integers(0, 300), st.integers(1, 9))
+def test_a_border_is_a_step_that_holds_slots_of_two_passes(counts, lanes, k, share):
+    order = make(counts, min(lanes, sum(counts)))
+    epochs = {
+        slot.epoch
+        for lane in range(order.lanes)
+        for slot in itertools.islice(order.stream(lane, k), share)
+    }
+    assert order.at_border(k, share) == (len(epochs) > 1)
 
 
 def global_batches(order: Order, batch: int, world: int, steps: int) -> list[list]:
@@ -169,3 +180,13 @@ def test_chosen_lanes_always_fit(batch, world):
 def test_numbers_that_do_not_fit_are_refused_with_the_nearest_that_do(call, text):
     with pytest.raises(UserError, match=text):
         call()
+
+
+@given(st.integers(1, 2000), st.sampled_from([1, 2, 3, 4, 8]))
+def test_fewer_lanes_are_all_that_fit_largest_first(batch, world):
+    batch *= world
+    lanes = lanes_for(batch, world)
+    found = fewer_lanes(batch, world, lanes)
+    assert found == [n for n in range(lanes - 1, 0, -1) if not batch % n and not n % world]
+    for fewer in found:
+        check_lanes(batch, fewer, world)

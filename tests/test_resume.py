@@ -8,12 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lazyclip.base.checkpoint import MANIFEST
+from lazyclip.base.checkpoint import MANIFEST, seal
+from lazyclip.base.errors import UserError
 from tests.toy import caption_shards
 from tests.toy_run import CLASSES, TINY, Ran, losses, metrics, train, world
 from training import loop as loop_module
+from training import main as main_module
 from training.audit import read_audit
 from training.ledger import cut_back, read_lines
+from training.params import Parsed, TrainArgs
+from training.resume import _batch
 from training.state import STATE_FILE, write_status
 
 STEPS = 7
@@ -172,7 +176,10 @@ def test_what_changes_the_run_is_refused_by_name(begun):
         ({"lock_text": True}, "--lock-text does not fit step_00000004, which was trained without"),
         ({"batch_size": 4}, "--batch-size 4 on 1 rank contradicts the run's global batch of 8; "
          "leave it out or give --batch-size 8"),
-        ({"batch_size": None, "accum_freq": 3}, "global batch of 8 cannot be shared by 1 rank x 3"),
+        ({"batch_size": None, "accum_freq": 3}, "global batch of 8 cannot be shared by 1 rank x 3 "
+         "pieces; use --accum-freq 2 or 4"),
+        ({"precision": "amp_bf16"}, "--precision amp_bf16 differs from the fp32 that step_00000004 "
+         "was trained with"),
     ):  # fmt: skip
         told = mistake(train(begun, **how(resume="latest", **changes)))
         assert said in told
@@ -180,6 +187,58 @@ def test_what_changes_the_run_is_refused_by_name(begun):
         found = status(begun / "a")
         assert (found["state"], found["retryable"], found["step"]) == ("failed", False, step)
         assert found["reason"] == told.replace("error: ", "UserError: ")
+
+
+@pytest.mark.parametrize(
+    ("total", "world", "accum", "near"),
+    [
+        (16, 1, 3, "--accum-freq 2 or 4"),
+        (16, 3, 2, "2 or 4 ranks"),
+        (16, 3, 1, "2 or 4 ranks"),
+        (12, 4, 2, "3 or 6 ranks, or --accum-freq 1 or 3"),
+        (6, 4, 3, "2 ranks"),
+        (8, 3, 3, "2 or 4 ranks and --accum-freq 1"),
+        (7, 2, 1, "1 or 7 ranks"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_told_with_numbers_that_can(total, world, accum, near):
+    args = TrainArgs(accum_freq=accum)
+    with pytest.raises(UserError) as caught:
+        _batch(Parsed(args, (), {}), args, total, world)
+    assert str(caught.value).endswith(f" pieces; use {near}" if accum > 1 else f"; use {near}")
+    for ranks in [int(n) for n in near.split(" rank")[0].split(" or ")] if "rank" in near else []:
+        pieces = 1 if "and" in near else accum
+        assert _batch(Parsed(args, (), {}), TrainArgs(accum_freq=pieces), total, ranks)
+
+
+def as_on_a_gpu(monkeypatch) -> None:
+    """Let the device that a run finds be one whose usual precision is amp_bf16."""
+    plain = main_module.usual_precision
+    monkeypatch.setattr(main_module, "usual_precision", lambda device: "amp_bf16")
+    assert plain(torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize("recorded", ["as it is", "left to the device"])
+def test_a_run_keeps_its_precision_on_another_device_and_says_so(
+    begun, monkeypatch, straight, recorded
+):
+    folder = begun / "a" / "checkpoints" / "step_00000004"
+    state = torch.load(folder / STATE_FILE, weights_only=True)
+    assert state["args"]["precision"] == "fp32"
+    if recorded == "left to the device":  # as older runs wrote it
+        state["args"]["precision"] = None
+        torch.save(state, folder / STATE_FILE)
+        seal(folder)
+    as_on_a_gpu(monkeypatch)
+    ran = train(begun, **how(resume="latest"))
+    assert ran.code == 0, ran.err
+    assert "precision: fp32 as before, where cpu begins amp_bf16" in ran.err
+    assert losses(ran.folder) == losses(straight.folder)
+    again = train(begun, **how(resume="latest", precision="fp32"))
+    assert "as before" not in again.err
+    assert "--precision amp_bf16 differs from the fp32" in mistake(
+        train(begun, **how(resume="latest", precision="amp_bf16"))
+    )
 
 
 @pytest.mark.parametrize(

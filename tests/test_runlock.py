@@ -1,7 +1,6 @@
 """One run in a folder at a time, and no dead one in the way of the next."""
 
 import dataclasses
-import json
 import os
 import signal
 import time
@@ -11,30 +10,15 @@ import pytest
 
 from lazyclip.base.errors import UserError
 from tests.toy_faults import flags, kill_in_step, run
+from tests.toy_locks import no_links, owner, put
 from tests.toy_ranks import kill, start, wait
 from tests.toy_run import TINY, train, world
 from training import loop, runlock
 from training.main import main
-from training.runlock import FILE, STALE_SECONDS, Owner, RunLock, in_use, living, run_lock
+from training.owner import STALE_SECONDS, Owner
+from training.runlock import FILE, RunLock, in_use, living, run_lock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-
-def put(folder: Path, silent: float = 0.0, **changes: object) -> Path:
-    """Write the lock of a run on another machine that was silent for so many seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = {"host": "node7", "pid": 1, "started": "1", "machine": "another", "job": "",
-             "since": "2026-01-01T00:00:00Z"}  # fmt: skip
-    owner = dataclasses.replace(Owner.here(), **{**plain, **changes})
-    file = folder / FILE
-    file.write_text(json.dumps(dataclasses.asdict(owner)))
-    then = time.time() - silent
-    os.utime(file, (then, then))
-    return file
-
-
-def owner(folder: Path) -> dict:
-    return json.loads((folder / FILE).read_text())
 
 
 def test_a_lock_is_held_once_and_given_back(tmp_path):
@@ -66,16 +50,20 @@ def test_a_lock_is_held_once_and_given_back(tmp_path):
         ({}, 10, True),  # another machine, touched ten seconds ago
         ({}, STALE_SECONDS - 30, True),
         ({}, STALE_SECONDS + 30, False),
-        ({"job": "55"}, 0, False),  # our own SLURM job, started again here
-        ({"job": "56"}, 0, True),
+        ({"job": "55", "restarts": 1}, 0, False),  # an earlier start of our own SLURM job
+        ({"job": "55", "restarts": 2}, 0, True),  # another step of this start of it
+        ({"job": "55", "restarts": 2}, STALE_SECONDS + 30, False),
+        ({"job": "55", "restarts": 3}, 0, True),  # a later start of it: ours is the one cut off
+        ({"job": "56", "restarts": 0}, 0, True),
         ({"machine": None}, 0, False),  # this machine, no such process any more
         ({"machine": None, "pid": None}, 1e6, False),  # its number was given to another one
         ({"machine": None, "pid": None, "started": None}, 1e6, True),  # it is there, however still
-        ({"machine": None, "pid": None, "started": None, "job": "55"}, 0, True),
+        ({"machine": None, "pid": None, "started": None, "job": "55", "restarts": 1}, 0, True),
     ],
 )  # fmt: skip
 def test_who_counts_as_alive(tmp_path, monkeypatch, changes, silent, lives):
     monkeypatch.setenv("SLURM_JOB_ID", "55")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     here = dataclasses.asdict(Owner.here())
     known = {name: here[name] if value is None else value for name, value in changes.items()}
     put(tmp_path, silent, **{"pid": 2**22 + 1, **known})
@@ -109,30 +97,78 @@ def test_a_lock_that_cannot_be_read_counts_while_it_is_fresh(tmp_path, content):
         assert lock.held
 
 
-def test_of_two_that_find_a_dead_lock_one_gets_it(tmp_path, monkeypatch):
-    """The second one takes the lock while the first is about to take the dead one away."""
-    put(tmp_path, silent=1e6)
-    quick, plain = RunLock(), Path.rename
+class Sleeper:
+    """Sleeps by making the lock older, and may do something after some naps."""
 
-    def rename(self, target):
-        monkeypatch.setattr(Path, "rename", plain)
-        quick.take(tmp_path)
-        return plain(self, target)
+    def __init__(self, file: Path, after: int = 10**9, then=lambda: None) -> None:
+        self.file, self.after, self.then, self.naps = file, after, then, 0
 
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(UserError, match="is being trained by process"):
-        RunLock().take(tmp_path)
-    assert quick.held
-    assert owner(tmp_path)["token"] == quick._me.token
-    quick.release()
-    assert list(tmp_path.iterdir()) == []
+    def __call__(self, seconds: float) -> None:
+        self.naps += 1
+        if self.naps > 100:
+            raise RuntimeError("waits without end")
+        if self.naps == self.after:
+            self.then()
+        elif self.file.exists():
+            then = self.file.stat().st_mtime - seconds
+            os.utime(self.file, (then, then))
+
+
+def test_a_start_that_goes_on_waits_for_what_may_be_dead_elsewhere(tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = put(tmp_path, silent=91, pid=77)
+    sleep = Sleeper(file)
+    lock = RunLock(sleep)
+    lock.take(tmp_path, wait=True)
+    assert lock.held
+    assert sleep.naps == 21
+    lines = [r.message for r in caplog.records if "waits" in r.message]
+    assert lines[0] == (
+        f"{tmp_path} is held by process 77 on node7, silent for 91 s: waits, 4 min at most, until "
+        "that run counts as dead"
+    )
+    assert [line.split("waits, ")[1][0] for line in lines] == list("4321")
+    lock.release()
+
+
+def test_what_is_heard_again_is_waited_for_no_longer(tmp_path):
+    file = put(tmp_path, silent=90)
+    sleep = Sleeper(file, after=3, then=lambda: os.utime(file))
+    with pytest.raises(UserError, match="is being trained by process 1 on node7"):
+        RunLock(sleep).take(tmp_path, wait=True)
+    assert sleep.naps == 3
+    gone = RunLock(Sleeper(put(tmp_path, silent=90), after=2, then=file.unlink))
+    gone.take(tmp_path, wait=True)
+    assert gone.held
+    gone.release()
+
+
+@pytest.mark.parametrize(("silent", "wait"), [(50, True), (90, False)])
+def test_a_run_heard_a_minute_ago_and_a_new_start_are_not_waited_for(tmp_path, silent, wait):
+    sleep = Sleeper(put(tmp_path, silent=silent))
+    with pytest.raises(UserError, match="is being trained by"):
+        RunLock(sleep).take(tmp_path, wait=wait)
+    assert sleep.naps == 0
+
+
+def test_only_a_run_that_goes_on_waits(tmp_path, monkeypatch):
+    waited = []
+    plain = RunLock.take
+
+    def take(self, folder, wait=False):
+        waited.append(wait)
+        plain(self, folder, wait)
+
+    monkeypatch.setattr(RunLock, "take", take)
+    how = {"train_data": world(), "model": TINY, "save_every": 2}
+    train(tmp_path, **how)
+    assert waited == [False]
+    train(tmp_path, **how, resume="latest")
+    assert waited[1] is True
 
 
 def test_a_disk_without_hard_links_has_locks_too(tmp_path, monkeypatch):
-    def none(*args: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", none)
+    no_links(monkeypatch)
     with run_lock() as lock:
         lock.take(tmp_path)
         assert living(tmp_path)
@@ -140,31 +176,22 @@ def test_a_disk_without_hard_links_has_locks_too(tmp_path, monkeypatch):
             RunLock().take(tmp_path)
 
 
+def test_a_full_disk_lets_no_second_run_in(tmp_path, monkeypatch):
+    put(tmp_path, pid=77)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="process 77 on node7"):
+        RunLock().take(tmp_path)
+
+
 def test_a_disk_that_takes_no_lock_stops_no_run(tmp_path, caplog):
     with run_lock() as lock:
         lock.take(tmp_path / "none")
         assert not lock.held
     assert "nothing keeps a second run out" in caplog.text
-
-
-def test_the_lock_is_touched_while_it_is_held_and_its_loss_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlock, "BEAT_SECONDS", 0.01)
-    ended: list[int] = []
-    with run_lock() as lock:
-        lock.take(tmp_path)
-        os.utime(tmp_path / FILE, (0, 0))
-        end = time.monotonic() + 5
-        while (tmp_path / FILE).stat().st_mtime < 1 and time.monotonic() < end:
-            time.sleep(0.01)
-        assert (tmp_path / FILE).stat().st_mtime > 1
-        lock._over.set()
-        lock._thread.join()
-        lock.beat(ended.append)
-        assert ended == []
-        put(tmp_path, token="of another")
-        lock.beat(ended.append)
-        assert ended == [1]
-    assert owner(tmp_path)["token"] == "of another"
 
 
 def test_a_folder_with_a_lock_alone_is_not_in_use(tmp_path):
@@ -192,7 +219,7 @@ def test_a_run_that_began_meanwhile_is_told(tmp_path, monkeypatch):
     """Its folder appears after this one's was found free."""
     plain = runlock.RunLock.take
 
-    def take(self, folder):
+    def take(self, folder, wait=False):
         monkeypatch.setattr(runlock.RunLock, "take", plain)
         put(folder, pid=77)
         plain(self, folder)

@@ -100,7 +100,7 @@ def test_a_broken_picture_is_named_and_the_others_are_kept(photos, tmp_path, cap
         (("--threshold", "0.5"), "cat", "need a background"),
         (("--batch-size", "0"), "cat, dog", "--batch-size 0 is too small"),
         ((), "cat, dog, cat", "--classes: class 'cat' stands at places 1, 3"),
-        ((), "no/such.txt", "class file no/such.txt does not exist"),
+        ((), "no/such.txt", "class file no/such.txt does not exist; give a file with one"),
         ((), ", ".join(f"c{i}" for i in range(300)), "300 classes, a mask holds 255"),
     ],
 )

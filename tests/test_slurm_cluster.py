@@ -209,13 +209,45 @@ def test_two_nodes_by_srun_and_by_a_torchrun_that_is_cut_short_agree_bit_for_bit
     same(place.logs / "srun2", place.logs / "torchrun2")
 
 
-def test_a_cancelled_training_saves_and_does_not_come_back(place, tuned):
-    job = place.submit("train.sbatch", "--config", place.folder / RECIPE, "--name", "cancelled")
+@pytest.fixture(scope="module")
+def living(place, tuned):
+    """A job whose training is under way, and the words it was submitted with."""
+    words = ["train.sbatch", "--config", place.folder / RECIPE, "--name", "cancelled"]
+    job = place.submit(*words)
     place.until_step("cancelled")
+    return job, words
+
+
+def test_a_second_job_on_a_run_that_lives_stops_and_leaves_it_alone(place, living):
+    job, words = living
+    counted = (place.logs / "slurm" / "cancelled.starts.json").read_text()
+    second = place.submit(*words)
+    place.cluster.wait(second, LONG, "FAILED")
+    assert place.cluster.field(second, "Restarts") == "0"
+    assert "cancelled is being trained by process" in place.said(second)
+    assert (place.logs / "slurm" / "cancelled.starts.json").read_text() == counted
+    assert place.cluster.states(job) == {"RUNNING"}
+
+
+def test_a_cancelled_training_saves_and_does_not_come_back(place, living):
+    job, _ = living
     place.cluster.call("scancel", job)
     place.cluster.wait(job, LONG, "CANCELLED")
     assert place.status("cancelled")["state"] == "preempted"
     assert place.cluster.field(job, "Restarts") == "0"
+
+
+def test_a_mistyped_flag_of_a_run_that_goes_on_stops_before_torchrun(place):
+    (place.logs / "mistyped").mkdir(parents=True)
+    about = {"state": "preempted", "step": 3, "reason": "SIGUSR1: saved", "retryable": True}
+    (place.logs / "mistyped" / "status.json").write_text(json.dumps(about))
+    words = ["train.sbatch", "--config", place.folder / RECIPE, "--name", "mistyped", "--sede", 1]
+    job = place.submit(*words, LAUNCH="torchrun")
+    place.cluster.wait(job, LONG, "FAILED")
+    assert place.cluster.field(job, "Restarts") == "0"
+    (line,) = place.said(job).splitlines()
+    assert line.startswith("error: mistyped: ")
+    assert "--sede" in line
 
 
 def test_three_starts_without_a_checkpoint_are_the_last(place):
@@ -266,7 +298,8 @@ def test_every_checkpoint_is_scored_on_every_benchmark_once(place, tuned, data):
     words = ["bash", ROOT / "slurm" / "eval_tasks.sh", place.logs / "plain", output]
     count = int(place.cluster.call(*words, "--data-root", root, *quick, BENCHMARKS=" ".join(names)))
     assert count == 2 * len(names)
-    job = place.submit("eval_array.sbatch", output / "tasks.tsv", SITE_AT_ONCE="2")
+    more = {"SITE_AT_ONCE": "2", "SITE_SRUN_MORE": "--export=ALL"}
+    job = place.submit("eval_array.sbatch", output / "tasks.tsv", **more)
     place.cluster.wait(job, 2 * LONG)
     found = sorted(output.glob("*/*/results.json"))
     assert len(found) == count

@@ -22,6 +22,7 @@ def tasks(tmp_path: Path) -> Path:
         "out/b\teval.point_in_box\t--val-data shards/{0..1}.tar\r\n"
         "out/c\teval.zeroshot_cls\n"
         "out/d eval.zeroshot_cls\n"
+        "out/e\teval.interpolate\t--dataset voc20\n"
     )
     (checkout / "xylophone").touch()  # what an unquoted x* would become
     return checkout
@@ -37,12 +38,32 @@ def evaluate(folder: Path, index: int, **env: str) -> subprocess.CompletedProces
         (0, "eval.zeroshot_seg --dataset voc20 --model 'x*' --output out/a --resume"),
         (1, "eval.point_in_box --val-data shards/{0..1}.tar --output out/b"),
         (2, "eval.zeroshot_cls --output out/c"),
+        (4, "eval.interpolate --dataset voc20 --output out/e --resume"),
     ],
 )
 def test_an_array_index_runs_its_line_of_the_table(tasks: Path, index: int, words: str) -> None:
     done = evaluate(tasks, index)
     assert done.returncode == 0, done.stderr
     assert (tasks / "calls.txt").read_text() == f"-m|{'|'.join(words.split())}|"
+
+
+def test_words_for_srun_reach_an_evaluation(tasks: Path) -> None:
+    done = evaluate(tasks, 2, SITE_SRUN_MORE="--container-image=a", SLURM_CPUS_PER_TASK="8")
+    assert done.returncode == 0, done.stderr
+    assert (tasks / "srun.txt").read_text().splitlines() == [
+        "--nodes", "1", "--ntasks", "1", "--cpus-per-task", "8", "--container-image=a",
+        "python", "-m", "eval.zeroshot_cls", "--output", "out/c",
+    ]  # fmt: skip
+
+
+def test_every_module_with_resume_gets_it() -> None:
+    """The script names them: a module that learns to go on has to be named too."""
+    script = (ROOT / "slurm" / "eval_array.sbatch").read_text()
+    (line,) = [x for x in script.splitlines() if "words+=(--resume)" in x]
+    named = set(line.split(")")[0].replace(" ", "").split("|"))
+    able = {f"eval.{file.stem}" for file in (ROOT / "eval").glob("*.py")
+            if '"--resume", action' in file.read_text()}  # fmt: skip
+    assert named == able
 
 
 def test_a_finished_evaluation_exits_at_once(tasks: Path) -> None:
@@ -68,9 +89,9 @@ def test_an_evaluation_that_the_time_limit_cuts_short_goes_back(tasks, restarts,
 
 
 def test_an_index_beyond_the_table_names_the_range(tasks: Path) -> None:
-    done = evaluate(tasks, 4)
+    done = evaluate(tasks, 5)
     assert done.returncode == 2
-    assert "--array=0-3" in done.stderr
+    assert "--array=0-4" in done.stderr
     assert not (tasks / "calls.txt").exists()
 
 
@@ -126,10 +147,35 @@ def test_weights_by_tag_are_evaluated_too(tmp_path: Path) -> None:
     assert "--model ViT-B-16-quickgelu --pretrained openai" in row
 
 
+def test_a_model_of_the_hub_is_one_name(tmp_path: Path) -> None:
+    done = list_tasks("hf-hub:org/model", tmp_path / "seg", BENCHMARKS="voc20")
+    assert done.stdout == "1\n", done.stderr
+    output, _, flags = (tmp_path / "seg" / "tasks.tsv").read_text().splitlines()[1].split("\t")
+    assert output == f"{tmp_path}/seg/hf-hub-org-model/voc20"
+    assert flags.split() == ["--dataset", "voc20", "--model", "hf-hub:org/model"]
+
+
+def test_classification_is_one_line_more_for_each_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "a", "step_00000010", "step_00000020")
+    out = tmp_path / "seg"
+    words = ("--cls", "val/{0..1}.tar", "--classes", "c.json", tmp_path / "a", out, "--limit", 5)
+    done = list_tasks(*words, BENCHMARKS="voc20")
+    assert done.stdout == "4\n", done.stderr
+    rows = [x.split("\t") for x in (out / "tasks.tsv").read_text().splitlines()[1:]]
+    assert [row[1] for row in rows] == ["eval.zeroshot_seg", "eval.zeroshot_cls"] * 2
+    assert rows[1][0] == f"{out}/step_00000010/cls"
+    assert rows[1][2].split() == [
+        "--val-data", "val/{0..1}.tar", "--classes", "c.json", "--model",
+        f"{tmp_path}/a/checkpoints/step_00000010",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["none", "seg"], "none is no folder, nor MODEL:TAG"),
+        (["none", "seg"], "none is no folder, nor MODEL:TAG, nor hf-hub:"),
+        (["--cls", "x", "V:t", "seg"], "--cls and --classes belong together"),
+        (["--classes", "x"], "--cls and --classes belong together"),
         (["empty", "seg"], "no checkpoint step_* in"),
         (["V:t", "seg", "--classes", "a b"], "'a b' holds a blank"),
         (["V:t"], "usage: bash slurm/eval_tasks.sh"),

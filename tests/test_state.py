@@ -1,17 +1,21 @@
 """Checkpoints and status: complete, of plain types, and enough to go on from."""
 
+import errno
 import json
+import shutil
+from collections import namedtuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lazyclip.factory import build
-from tests.toy_run import TINY, finished
+from tests.toy_run import TINY, finished, train, world
 from training.optim import make_optimizer
 from training.state import (
     STATE_FILE,
     Progressed,
+    check_room,
     checkpoint_folder,
     save_checkpoint,
     write_status,
@@ -82,6 +86,60 @@ def test_a_checkpoint_appears_under_its_name_only_when_it_is_whole(tmp_path, mon
     weights = load_file(folder / "open_clip_model.safetensors")
     state = built.model.state_dict()
     assert all(torch.equal(weights[key], state[key]) for key in state)
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    """What it needs is known from its tensors, to some kilobytes."""
+    _, folder = saved(tmp_path)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    (folder.parent / "step_00000013.part").mkdir()
+    free = size - 250_000
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
+    with pytest.raises(OSError, match=r"it needs [1-9] MB and [0-9] MB are free") as caught:
+        saved(tmp_path, 24)
+    assert caught.value.errno == errno.ENOSPC
+    assert [p.name for p in folder.parent.iterdir()] == ["step_00000012"]
+    free = size + 2**20
+    saved(tmp_path, 24)
+
+
+def test_the_moments_count_in_what_a_checkpoint_needs(tmp_path, monkeypatch):
+    built = build(TINY)
+    optimiser = make_optimizer(built.model, **SETTINGS)
+    usage = namedtuple("usage", "total used free")
+    weights = sum(v.numel() * v.element_size() for v in built.model.state_dict().values())
+    free = weights + 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
+    check_room(tmp_path, built.model, optimiser)
+    for parameter in built.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    with pytest.raises(OSError, match="are free"):
+        check_room(tmp_path, built.model, optimiser)
+    free += 2 * weights + 10_000
+    check_room(tmp_path, built.model, optimiser)
+
+
+def test_a_save_that_does_not_fit_is_left_out_in_one_line_and_the_run_goes_on(
+    tmp_path, monkeypatch
+):
+    usage, plain = namedtuple("usage", "total used free"), shutil.disk_usage
+    calls = []
+
+    def disk_usage(path):
+        calls.append(path)
+        return usage(0, 0, 1000) if len(calls) == 2 else plain(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    ran = train(tmp_path, train_data=world(), model=TINY, save_every=1, keep=0)
+    assert ran.code == 0
+    steps = sorted(p.name for p in (ran.folder / "checkpoints").iterdir())
+    assert steps == ["step_00000001", "step_00000003", "step_00000004"]
+    (line,) = [line for line in ran.err.splitlines() if "no checkpoint" in line]
+    assert "no checkpoint at step 2: " in line
+    assert "it needs" in line
+    assert line.endswith("make room, the run goes on")
 
 
 def test_status_is_replaced_whole(tmp_path):

@@ -96,6 +96,12 @@ def test_a_card_that_waits_is_bound_by_the_host(bench):
         assert say({"busy": busy, "kinds": kinds}) == "matrix products (70 % of the computing time)"
 
 
+def test_every_way_of_training_is_timed_where_none_is_named(bench):
+    whole = bench.bench_throughput
+    assert whole.make_parser().parse_args([]).hows.split(",") == list(whole.HOWS)
+    assert "compile+checkpointing" in whole.HOWS
+
+
 def test_the_search_stops_where_memory_ends_and_takes_the_fastest(bench, monkeypatch):
     clock = iter([0.0, 1.0, 10.0, 11.0, 20.0, 24.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))

@@ -89,6 +89,31 @@ def test_too_little_memory_lowers_the_window_before_the_first_step(tmp_path, exa
     assert recorded(ran.folder) == 3
 
 
+def test_too_little_memory_for_one_chunk_a_lane_takes_fewer_lanes_while_both_are_free(
+    tmp_path, exact
+):
+    """Eight lanes by default for the batch of eight; two of one chunk fit, four do not."""
+    room = (gib(exact, 2, 1) + gib(exact, 4, 1)) / 2
+    ran = go(tmp_path, lanes=None, window_memory=room, epochs=2)
+    fits = dataclasses.replace(exact, lanes=2, window=8).within(room * 2**30, 1)
+    said = [line for line in ran.err.splitlines() if "lowered" in line]
+    assert len(said) == 1
+    how = f"{fits.window} chunk" + ("s" if fits.window > 1 else "")
+    assert "windows of 8 chunks in 8 lanes take 0.00 GiB" in said[0]
+    assert f"lowered to 2 lanes and windows of {how}; give --lanes 2 --window" in said[0]
+    assert batches(ran) == batches(go(tmp_path, "b", lanes=2, window=fits.window, epochs=2))
+    older = read_checkpoint(ran.folder / "checkpoints" / "step_00000004")
+    assert (older.state["lanes"], older.state["window"]) == (2, fits.window)
+    before = batches(ran)
+    again = go(tmp_path, resume=older.folder, name=None, lanes=None, epochs=2, window_memory=8)
+    assert batches(again) == before
+    for fixed in ({"lanes": 8}, {"window": 1}):
+        refused = go(tmp_path, "c", **{"lanes": None, "window_memory": room, **fixed})
+        assert refused.code == 2
+        assert "windows of 1 chunk in 8 lanes take" in refused.err
+        assert "fewer --lanes" in refused.err
+
+
 def test_a_run_that_goes_on_keeps_its_window_whatever_memory_it_has_now(tmp_path, exact):
     straight = batches(go(tmp_path, "straight", window=3, epochs=2))
     first = go(tmp_path, window_memory=gib(exact, 2, 3) * 1.01, epochs=2)
@@ -109,7 +134,8 @@ def test_a_window_that_is_fixed_and_does_not_fit_is_refused(tmp_path, exact):
     assert "use --window-memory 0.01 or more ranks\n" in ran.err
     fresh = go(tmp_path, "b", window=8, window_memory=too_little)
     assert fresh.code == 2
-    assert "or --window 2\n" in fresh.err
+    fits = dataclasses.replace(exact, lanes=2, window=8).within(too_little * 2**30, 1)
+    assert f"or --window {fits.window}\n" in fresh.err
     assert "use --window-memory 0.01, more ranks, fewer --lanes" in fresh.err
     assert not fresh.folder.exists()
     none = go(tmp_path, "b", window_memory=0)

@@ -8,9 +8,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BASH = shutil.which("bash")
-# training.requeue is the real one; every other command is written down and ends as the test says.
+# training.requeue is the real one, but for the flags behind `--`: reading them imports torch. Every
+# other command is written down and ends as the test says.
 PYTHON = f'''
-if [[ $2 == training.requeue ]]; then exec "{sys.executable}" "$@"; fi
+if [[ $2 == training.requeue ]]; then
+  printf "%s|" "$@" >> requeue.txt
+  if [[ $3 == begin && -n $STUB_REFUSED ]]; then echo "refused $STUB_REFUSED"; exit; fi
+  words=()
+  for word in "$@"; do [[ $word != -- ]] || break; words+=("$word"); done
+  exec "{sys.executable}" "${{words[@]}}"
+fi
 printf "%s|" "$@" >> calls.txt; exit "${{STUB_CODE:-0}}"'''
 
 
@@ -30,10 +37,13 @@ def make_checkout(folder: Path) -> Path:
     stub(folder / "bin", "scontrol", 'if [[ $1 == show ]]; then printf "n1\\nn2\\n"; '
          'else echo "$@" >> scontrol.txt; fi')  # fmt: skip
     stub(folder / "bin", "squeue", 'echo "$@" >> squeue.txt; echo "${STUB_STATE:-RUNNING}"')
-    stub(folder / "bin", "srun", 'printf "%s\\n" "$@" > srun.txt; env > env.txt\n'
+    stub(folder / "bin", "srun", 'if [[ " $* " == *" training.requeue "* ]]; then\n'
+         '  while [[ $1 != python ]]; do shift; done; exec "$@"; fi\n'
+         'printf "%s\\n" "$@" > srun.txt; env > env.txt\n'
          'if [[ -e left.json ]]; then mkdir -p logs/a; cp left.json logs/a/status.json; fi\n'
          'exit "${STUB_CODE:-0}"')  # fmt: skip
     stub(folder / "bin", "sbatch", 'printf "%s\\n" "$@"')
+    stub(folder / "bin", "sleep", 'echo "$@" >> sleep.txt')
     return folder
 
 

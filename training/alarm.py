@@ -4,13 +4,15 @@ Two figures are kept beside each score. `start`: the start model's top-1 with th
 weights were trained with; swapping a CLS token for LaSt pooling lowers the score before any step is
 taken, so step 0 of a fine-tune does not say what the model knew. `best`: the run's own best so far,
 step 0 included; a fall is measured from it, since a fine-tune that begins below `start` may rise
-for long and then collapse without ever being below its step 0. Not here: the score (`probe`).
+for long and then collapse without ever being below its step 0. All of it, the last score too,
+travels with the checkpoints, so that a run that fell too far is no further when it is started
+again. Not here: the score (`probe`).
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -33,6 +35,10 @@ def data_hash(probe: Probe) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
+def _scored(pair: Sequence[Any] | None) -> tuple[int, float] | None:
+    return None if pair is None else (int(pair[0]), float(pair[1]))
+
+
 def points(share: float) -> str:
     """Write a share of images as percentage points."""
     return f"{100 * share:.1f}"
@@ -53,22 +59,32 @@ class Alarm:
         self.probe, self.most, self.own = probe, most, own
         self.start: float | None = None
         self.best: tuple[int, float] | None = None
-        self.last: float | None = None
+        self.last: tuple[int, float] | None = None
+        self.images = 0
         self.fallen: str | None = None
 
     def state(self) -> dict[str, Any]:
         """Return what a run that goes on must know, as plain values."""
-        return {"data": data_hash(self.probe), "start": self.start, "best": self.best}
+        return {
+            "data": data_hash(self.probe), "start": self.start, "best": self.best,
+            "last": self.last, "images": self.images,
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a checkpoint's figures, where they are of the same images and classes."""
+        """Take over a checkpoint's figures, where they are of the same images and classes.
+
+        Its last score is judged again, by this run's limit.
+        """
         if not state:
             return
         if state["data"] != data_hash(self.probe):
             log.warning("other --val-data, --classes or prompts than before: falls count from here")
             return
         self.start = state["start"]
-        self.best = None if state["best"] is None else (int(state["best"][0]), state["best"][1])
+        self.best, last = _scored(state["best"]), _scored(state.get("last"))
+        if last is not None:
+            self.images = int(state["images"])
+            self._judge(*last)
 
     def measure(self, step: int, model: nn.Module) -> dict[str, float]:
         """Score the model after a step; every rank calls, and finds the same.
@@ -77,7 +93,7 @@ class Alarm:
             Values for metrics.jsonl: `probe/top1`; `probe/top1_drop`, how far it lies below the
             best; at step 0 of a run with weights `probe/top1_start`.
         """
-        top1 = self.last = self.probe.top1(model)
+        top1 = self.probe.top1(model)
         values = {"probe/top1": top1}
         if step == 0 and self.own is not None:
             same = self.own.alike(pooling_of(model))
@@ -91,6 +107,7 @@ class Alarm:
                 "Zero-shot step %d: top1 %.1f %% (chance %.1f %%%s)",
                 step, 100 * top1, 100 * self.probe.chance, known,
             )  # fmt: skip
+        self.images = self.probe.images
         self._judge(step, top1)
         return values
 
@@ -105,6 +122,7 @@ class Alarm:
 
     def _judge(self, step: int, top1: float) -> None:
         """Say a fall; one beyond the limit is kept in `fallen`, which ends the run."""
+        self.last = (step, top1)
         if self.best is None:
             return
         at, best = self.best
@@ -112,11 +130,11 @@ class Alarm:
         self.fallen = None
         if best - top1 <= limit + 1e-9:  # less than any one image
             return
-        error = (2 * best * (1 - best) / max(self.probe.images, 1)) ** 0.5
+        error = (2 * best * (1 - best) / max(self.images, 1)) ** 0.5
         text = (
             f"zero-shot top-1 fell by {points(best - top1)} points to {points(top1)} % at step "
             f"{step}, from {points(best)} % at step {at} (standard error {points(error)} points, "
-            f"{self.probe.images} images)"
+            f"{self.images} images)"
         )
         if self.probe.place.first:
             log.warning("%s; more than %s points", text, points(limit))
@@ -133,10 +151,11 @@ class Alarm:
 
     def say_end(self) -> None:
         """Warn where a run ends far below what its start model scored with its own pooling."""
-        if self.start is None or self.last is None or self.start - self.last <= WARN_AT:
+        if self.start is None or self.last is None or self.start - self.last[1] <= WARN_AT:
             return
+        top1 = self.last[1]
         log.warning(
             "the run ends at %s %% zero-shot top-1, %s points below the %s %% of its start model "
             "with the start model's own pooling; eval.interpolate shows what a mixture keeps",
-            points(self.last), points(self.start - self.last), points(self.start),
+            points(top1), points(self.start - top1), points(self.start),
         )  # fmt: skip

@@ -30,6 +30,7 @@ from .preflight import Data, Plan, ValData, has_tensorboard
 from .probe import Probe
 from .report import Curves
 from .resume import Resumed, model_info
+from .runlock import Hold
 from .sharded import Sharded, shard
 from .signals import Asked
 from .state import weights_hash
@@ -157,7 +158,12 @@ def make_facts(job: Job) -> dict[str, Any]:
 
 
 def make_loop(
-    job: Job, record: dict[str, Any], folder: Path, asked: Asked, watchdog: Watchdog
+    job: Job,
+    record: dict[str, Any],
+    folder: Path,
+    asked: Asked,
+    watchdog: Watchdog,
+    hold: Hold,
 ) -> Loop:
     """Put the parts of a run together."""
     args, place, built, val = job.args, job.place, job.built, job.val
@@ -192,6 +198,7 @@ def make_loop(
             before=tuple(before),
             asked=asked,
             watchdog=watchdog,
+            hold=hold,
             sharded=sharded,
         )
     )

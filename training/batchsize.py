@@ -33,7 +33,7 @@ def share_batch(args: TrainArgs, given: Mapping[str, object], world: int) -> Tra
         near = " or ".join(f"{n}" for n in (total - rest, total - rest + parts) if n)
         raise UserError(
             f"--global-batch {total} cannot be shared by {ranks}{pieces}; use "
-            f"{_near(total, world, args.accum_freq)}--global-batch {near}"
+            f"{near_ranks(total, world, args.accum_freq, ', or ')}--global-batch {near}"
         )
     asked = given.get("batch_size")
     if isinstance(asked, int) and asked != per_rank:
@@ -48,12 +48,24 @@ def share_batch(args: TrainArgs, given: Mapping[str, object], world: int) -> Tra
     return dataclasses.replace(args, batch_size=per_rank)
 
 
-def _near(total: int, world: int, accum: int) -> str:
+def near_ranks(total: int, world: int, accum: int, end: str = "") -> str:
     """Phrase the numbers of ranks nearest to `world` that share the batch; empty without any."""
-    if total % accum:
-        return ""
-    fit = [n for n in range(1, total // accum + 1) if (total // accum) % n == 0]
-    near = [
-        str(n) for n in (*[n for n in fit if n < world][-1:], *[n for n in fit if n > world][:1])
+    near = _nearest(total, accum, world)
+    ranks = "rank" if near == ["1"] else "ranks"
+    return f"{' or '.join(near)} {ranks}{end}" if near else ""
+
+
+def near_pieces(total: int, world: int, accum: int) -> str:
+    """Phrase the `--accum-freq` nearest to `accum` that cut the batch; empty without any."""
+    near = _nearest(total, world, accum)
+    return f"--accum-freq {' or '.join(near)}" if near else ""
+
+
+def _nearest(total: int, fixed: int, wanted: int) -> list[str]:
+    """Name the divisors of `total / fixed` on both sides of a number that is none."""
+    if total % fixed:
+        return []
+    fit = [n for n in range(1, total // fixed + 1) if (total // fixed) % n == 0]
+    return [
+        str(n) for n in (*[n for n in fit if n < wanted][-1:], *[n for n in fit if n > wanted][:1])
     ]
-    return f"{' or '.join(near)} ranks, or "

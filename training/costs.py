@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from lazyclip import bridge
+from lazyclip.base.checkpoint import first_of_spans
 from lazyclip.factory import ModelInfo
 
 from .params import TrainArgs
@@ -112,6 +113,11 @@ class Memory:
         """All of it together."""
         return sum(dataclasses.astuple(self))
 
+    @property
+    def needed(self) -> float:
+        """What a card must have: CUDA's own gibibyte and a tenth for fragmentation are guesses."""
+        return 1.1 * self.total + 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
@@ -180,7 +186,7 @@ class Costs:
         derived = ("flop", "gpu_hours", "hours", "samples_per_s", "read_per_s", "decode_cores",
                    "kept_bytes")  # fmt: skip
         about = {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
-        about["memory"]["total"] = self.memory.total
+        about["memory"].update(total=self.memory.total, needed=self.memory.needed)
         return about
 
 
@@ -331,8 +337,9 @@ def checkpoints_kept(plan: Plan, keep: int, by_clock: bool = False) -> int:
     saved = sorted({*range(plan.save_every, plan.steps + 1, plan.save_every), plan.steps})
     if keep == 0:
         return len(saved)
-    for_good = {step for step in saved if step % KEPT_EVERY == 0}
-    return len(for_good) + keep if by_clock else len(for_good | {*saved[-keep:]})
+    if by_clock:
+        return plan.steps // KEPT_EVERY + keep
+    return len(first_of_spans(saved, KEPT_EVERY) | {*saved[-keep:]})
 
 
 def estimate(

@@ -33,7 +33,10 @@ def check_dry_run(args: TrainArgs) -> None:
         if getattr(args, flag) is not None and args.dry_run is None:
             raise UserError(f"--{flag} only plans: add --dry-run, or leave it out")
     if args.dry_run not in (None, "print") and not args.dry_run.endswith(".json"):
-        raise UserError(f"--dry-run {args.dry_run}: it takes nothing, or a file that ends in .json")
+        raise UserError(
+            f"--dry-run {args.dry_run} names no JSON file; use --dry-run "
+            f"{Path(args.dry_run).with_suffix('.json')}, or --dry-run alone to print only"
+        )
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g} is no share above 0; use 0.3 for 30 % of the peak")
     if args.gpus is not None and args.resume is not None:
@@ -96,15 +99,15 @@ def describe_costs(costs: Costs) -> list[str]:
         f"of {costs.peak / 1e12:g} TFLOP/s; on {costs.gpus} GPU{'s' if costs.gpus > 1 else ''} "
         f"{_hours(costs.hours)} hours, "
         f"{_times(costs.samples_per_s)} samples/s",
-        f"cost: memory: {memory.total / GIB:.1f} GiB on each GPU ({told}), without CUDA's own and "
-        "fragmentation, about 1 GiB and a tenth",
+        f"cost: memory: {memory.total / GIB:.1f} GiB on each GPU ({told}); with CUDA's own and "
+        f"fragmentation (1 GiB and a tenth) {memory.needed / GIB:.1f} GiB",
         f"cost: reading: {_bytes(costs.read_per_s)}/s ({_bytes(costs.bytes_per_sample)} a sample, "
         f"{size}); {_times(costs.decode_cores)} cores decode at {costs.samples_per_core:g} "
         "samples/s each",
         f"cost: disk: {_bytes(costs.checkpoint_bytes)} a checkpoint; at most "
         f"{costs.checkpoints} of them and the model at the end {_bytes(costs.kept_bytes)}",
     ]
-    if memory.total > room:
+    if memory.needed > room:
         lines.append(
             f"warning: more than the {room / GIB:.0f} GiB that {costs.gpu} cards of 80 GB have; "
             "use --grad-checkpointing, a larger --accum-freq, or more GPUs"
@@ -148,5 +151,8 @@ def tell(
     try:
         write_json(Path(str(args.dry_run)), about)
     except OSError as error:
-        raise UserError(f"--dry-run {args.dry_run} cannot be written ({error.strerror})") from None
+        raise UserError(
+            f"--dry-run {args.dry_run} cannot be written ({error.strerror}); give a file in a "
+            "folder that you can write to"
+        ) from None
     return lines

@@ -38,6 +38,7 @@ from .preflight import Plan
 from .probe import Probe
 from .report import Curves, Point, Reporter, Window, bearing_a_full_disk
 from .resume import Resumed, read_checkpoint, restore
+from .runlock import Hold
 from .sharded import Sharded, in_one_piece
 from .signals import Asked, Preempted
 from .state import (
@@ -56,6 +57,8 @@ MAX_LOGIT_SCALE = math.log(100)
 # The share of unusable samples is judged from so many read on.
 JUDGE_FROM = 1000
 NAMED = 20
+# Between looks whether the folder is still this run's; one is a small file read.
+LOOK_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Run:
     before: tuple[dict[str, Any], ...] = ()
     asked: Asked = dataclasses.field(default_factory=Asked)
     watchdog: Watchdog | None = None
+    hold: Hold = dataclasses.field(default_factory=Hold)
     sharded: Sharded | None = None
 
 
@@ -145,7 +149,7 @@ class Loop:
         window.waited += time.perf_counter() - began
         for bad in fed.bad:
             self._note(bad)
-        if self._ledger and fed.bad:
+        if self._ledger and fed.bad and self.run_.hold.stands():
             with bearing_a_full_disk("ledger"):
                 self._ledger.write({"step": self.step + 1, **bad.line()} for bad in fed.bad)
         if not len(fed.images):
@@ -196,6 +200,8 @@ class Loop:
                 # As in CLIP's own training: a temperature below 0.01 is not stable.
                 run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
             self.skips.fine()
+        if run.place.first:
+            run.hold.keep(LOOK_SECONDS)
         if self._audit is not None and fed.ids is not None:
             with bearing_a_full_disk("audit"):
                 self._audit.write(self.step + 1, fed.ids)
@@ -255,7 +261,7 @@ class Loop:
         self._tell({"step": number, "event": "went back", "to": older.step})
 
     def _tell(self, line: dict[str, Any]) -> None:
-        if self._ledger:
+        if self._ledger and self.run_.hold.stands():
             with bearing_a_full_disk("ledger"):
                 self._ledger.write([line])
 
@@ -330,11 +336,13 @@ class Loop:
         self, folder: Path, done: Progressed, more: dict[str, Any], model: nn.Module, held: HasState
     ) -> str | None:
         run = self.run_
+        run.hold.keep()
         try:
             saved = save_checkpoint(
                 folder, done, model, run.info, held, run.record, more, run.args.keep
             )
-            write_status(folder, "running", self.step)
+            run.hold.keep()
+            write_status(folder, "running", self.step, hold=run.hold)
         except (OSError, NotWholeError, RuntimeError, SafetensorError) as error:
             # torch.save and safetensors have errors of their own for a full disk.
             log.warning(
@@ -363,7 +371,7 @@ class Loop:
         Afterwards `dropped` counts all ranks' samples.
 
         Raises:
-            UserError: too many unusable samples.
+            UserError: too many unusable samples, or a score that fell too far.
             NotFinite: steps that are not finite, in spite of older weights.
             Preempted: somebody asked to end; a checkpoint is saved, or it was said why not.
         """
@@ -371,6 +379,8 @@ class Loop:
         scored = from_first([step for step, _ in self.top1], run.place)
         if self.step not in scored and (not self.step or self._probe_due()):
             self._measure()
+        if self.alarm is not None:
+            self.alarm.refuse_fall()  # one that the resumed checkpoint brought with it
         run.wrapped.train()
         bar_on = run.place.first and sys.stderr.isatty()
         with (

@@ -48,7 +48,7 @@ from .resume import (
     set_aside,
     settings,
 )
-from .runlock import RunLock, claim, run_lock
+from .runlock import Hold, RunLock, claim, run_lock, share
 from .sharded import describe_shares, in_one_piece
 from .signals import Preempted, end_with_launcher, listening
 from .state import write_refused, write_status
@@ -73,8 +73,8 @@ def make_folder(folder: Path, resume: bool, lock: RunLock) -> None:
         check_unused(folder, locked=True)
 
 
-def open_run(job: Job, lock: RunLock) -> tuple[Path, dict[str, Any]]:
-    """Make the run's folder or take it up again; returns it and the run's record."""
+def open_run(job: Job, lock: RunLock) -> tuple[Path, dict[str, Any], Hold]:
+    """Make the run's folder or take it up again; returns it, the run's record and the hold."""
     args, place = job.args, job.place
     name = from_first(args.name or default_name(args), place)
     folder = Path(args.logs) / name
@@ -87,6 +87,7 @@ def open_run(job: Job, lock: RunLock) -> tuple[Path, dict[str, Any]]:
         cut_back_all(folder, job.resumed.step if job.resumed else -1)
 
     first_alone(make, place)
+    hold = share(folder, place, lock)
     for line in job.banner:
         log.info("%s", line)
     if job.resumed is not None:
@@ -101,8 +102,8 @@ def open_run(job: Job, lock: RunLock) -> tuple[Path, dict[str, Any]]:
     )  # fmt: skip
     if place.first:
         write_json(folder / "params.json", record)
-        write_status(folder, "running", job.resumed.step if job.resumed else 0)
-    return folder, record
+        write_status(folder, "running", job.resumed.step if job.resumed else 0, hold=hold)
+    return folder, record, hold
 
 
 def can_be_tried_again(error: BaseException) -> bool:
@@ -132,17 +133,17 @@ def train(job: Job, lock: RunLock, last: contextlib.ExitStack) -> None:
         lock: of the folder.
         last: takes what is to be done behind the end of the process group.
     """
-    folder, record = open_run(job, lock)
+    folder, record, hold = open_run(job, lock)
     args, place = job.args, job.place
     # What a model draws while training (dropped patches, say) differs from rank to rank.
     torch.manual_seed(args.seed + place.rank)
-    watchdog = Watchdog(folder, place.rank, args.watchdog_minutes)
+    watchdog = Watchdog(folder, place.rank, args.watchdog_minutes, hold=hold)
     last.callback(watchdog.stop)
     loop: Loop | None = None
     try:
         with listening() as asked:
             end_with_launcher()
-            loop = make_loop(job, record, folder, asked, watchdog)
+            loop = make_loop(job, record, folder, asked, watchdog, hold)
             watchdog.start()
             loop.run()
             with (
@@ -152,6 +153,7 @@ def train(job: Job, lock: RunLock, last: contextlib.ExitStack) -> None:
                 ) as model,
             ):
                 if place.first:
+                    hold.keep()
                     finish(folder, loop, dataclasses.replace(job.built, model=model), record)
                 from_first(None, place)
             watchdog.leave(0)
@@ -159,7 +161,7 @@ def train(job: Job, lock: RunLock, last: contextlib.ExitStack) -> None:
         code = PREEMPTED if args.loader == "exact" else 1
         watchdog.leave(code)
         if loop is not None and place.first:
-            end_early(folder, args, loop.step, f"{asked.by or 'signal'}: {saved}")
+            end_early(folder, args, loop.step, f"{asked.by or 'signal'}: {saved}", hold)
         raise SystemExit(code) from None
     except BaseException as error:
         watchdog.leave(2 if isinstance(error, UserError) else 1)
@@ -167,20 +169,21 @@ def train(job: Job, lock: RunLock, last: contextlib.ExitStack) -> None:
         step, again = (loop.step if loop else 0), can_be_tried_again(error)
         # Of what all ranks met alike rank 0 speaks; what the machine did to one it says itself.
         if place.first or again:
-            write_status(folder, "failed", step, reason, again)
+            write_status(folder, "failed", step, reason, again, hold)
         raise
     finally:
         if loop is not None:
             loop.close()
 
 
-def end_early(folder: Path, args: TrainArgs, step: int, reason: str) -> None:
+def end_early(folder: Path, args: TrainArgs, step: int, reason: str, hold: Hold) -> None:
     """Say that a run was asked to end: it can go on, unless its data were a stream."""
     if args.loader == "exact":
-        write_status(folder, "preempted", step, reason, True)
+        write_status(folder, "preempted", step, reason, True, hold)
         log.info("ended at step %d (%s); go on with --resume latest", step, reason)
         return
-    write_status(folder, "failed", step, f"{reason}; --loader sequential cannot go on", False)
+    said = f"{reason}; --loader sequential cannot go on"
+    write_status(folder, "failed", step, said, False, hold)
     log.info("ended at step %d (%s); a run of --loader sequential cannot go on", step, reason)
 
 
@@ -198,6 +201,11 @@ def finish(folder: Path, loop: Loop, built: Built, record: dict[str, Any]) -> No
     write_json(folder / "params.json", ended)
     write_status(folder, "finished", loop.step)
     log.info("done: %s holds the model", folder / "model")
+
+
+def usual_precision(device: torch.device) -> str:
+    """Return the precision of a run that names none."""
+    return "fp32" if device.type == "cpu" else "amp_bf16"
 
 
 def prepare_job(parsed: Parsed, argv: Sequence[str] | None, place: Place) -> Job:
@@ -218,13 +226,18 @@ def prepare_job(parsed: Parsed, argv: Sequence[str] | None, place: Place) -> Job
     if resumed is not None and data.exact is not None:
         check_manifest(resumed, data.exact.reader.manifest.sha256)
     plan = make_plan(args, data.samples, place)
-    precision = args.precision or ("fp32" if place.device.type == "cpu" else "amp_bf16")
+    usual = usual_precision(place.device)
+    precision = args.precision or usual
+    # What a run resolves it keeps, on whatever device it goes on.
+    args = dataclasses.replace(args, precision=precision)
     built = build_model(args, place, resumed)
     check_size(args, built.info)
     trainable = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     banner = describe(
         args, parsed.overrode, data, plan, built.info, place, precision, trainable
     )  # fmt: skip
+    if resumed is not None and precision != usual and "precision" not in parsed.given:
+        banner.append(f"precision: {precision} as before, where {place.device.type} begins {usual}")
     banner += describe_rates(built.model, rates_of(args))
     if args.fsdp:
         banner.append(describe_shares(built.model, place))

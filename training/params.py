@@ -55,12 +55,14 @@ class TrainArgs:
     )  # fmt: skip
     manifest: str | None = _flag("data", "file of the shards' index (default: beside the shards)")
     lanes: int | None = _flag(
-        "data", "streams the data are cut into (default: the most up to 384 that fit)"
+        "data", "streams the data are cut into (default: up to 384, what --window-memory allows)"
     )
     window: int | None = _flag(
         "data", "chunks a lane shuffles together (default: 8, or what --window-memory allows)"
     )
-    window_memory: float = _flag("data", "GiB that the windows of a rank may take", 4.0)
+    window_memory: float = _flag(
+        "data", "GiB that the windows of a rank and its processes take", 4.0
+    )
     filter: tuple[str, ...] = _flag(
         "data", "condition on the json or parquet, such as similarity>=0.3; may come again", ()
     )
@@ -136,8 +138,12 @@ class TrainArgs:
         "between interruptions loses least: 15 for 30 s and 4 h; 0: none",
         15.0,
     )
-    keep: int = _flag("run", "newest checkpoints kept, beside each 10,000th step; 0 keeps all", 3)
-    resume: str | None = _flag("run", "latest (of --name), or a checkpoint's folder")
+    keep: int = _flag(
+        "run", "newest checkpoints kept, beside the first of each 10,000 steps; 0 keeps all", 3
+    )
+    resume: str | None = _flag(
+        "run", "latest (of --name), a run's folder, or a checkpoint's folder"
+    )
     audit: str | None = _flag(
         "run", "write a digest of each step's samples; `ids`: the samples too",
         choices=("digest", "ids"), bare="digest",

@@ -8,10 +8,8 @@ import datetime
 import importlib.util
 import itertools
 import math
-import os
 import re
 from pathlib import Path
-from typing import Any
 
 import lazyclip
 from lazyclip.base.errors import UserError
@@ -21,14 +19,10 @@ from lazyclip.shards import class_index_of, expand, iterate_samples
 from lazyclip.weights import trained_size
 from lazyclip.zeroshot import ClassList, read_classes, templates
 
-from .data.chunks import Reader
 from .data.exact import Exact
-from .data.manifest import report
-from .data.order import WINDOW, check_lanes, lanes_for
-from .data.prepare import Prepared, Wanted, prepare, take_over, told
 from .data.sources import LOOK_AT, Source, open_source
-from .data.survey import How
-from .distributed import Place, first_alone
+from .distributed import Place
+from .indexed import exact_data
 from .optim import default_warmup
 from .params import EXAMPLE, TrainArgs
 from .runlock import in_use, living
@@ -136,7 +130,8 @@ def check_data(args: TrainArgs, place: Place) -> Data:
                 why = "has no passes" if flag == "dataset_resampled" else "streams"
                 name = flag.replace("_", "-")
                 raise UserError(f"--{name} {why}; add --loader sequential")
-        return _exact_data(args, place)
+        exact, samples, lines = exact_data(args, place, global_batch(args, place))
+        return Data(args.train_num_samples or samples, None, exact, tuple(lines))
     for flag in ("lanes", "window", "manifest", "filter", "audit", "resume"):
         if getattr(args, flag):
             raise UserError(f"--{flag} needs the exact loader; leave --loader sequential out")
@@ -151,86 +146,6 @@ def check_data(args: TrainArgs, place: Place) -> Data:
         (f"sequential loader, {len(source.shards)} shards, {len(source.shards) / lanes:.1f} shards "
          f"per loader process{drawn}; such a run cannot be resumed",),
     )  # fmt: skip
-
-
-def _exact_data(args: TrainArgs, place: Place) -> Data:
-    total = global_batch(args, place)
-    lanes = args.lanes or lanes_for(total, place.world)
-    check_lanes(total, lanes, place.world)
-    wanted = Wanted(
-        str(args.train_data), Path(args.logs) / (args.name or "manifests"),
-        args.train_data_upsampling_factors, args.filter,
-        Path(args.manifest) if args.manifest else None,
-        How(processes=min(8, os.cpu_count() or 1)),
-    )  # fmt: skip
-    prepared = _prepared(wanted, place)
-    manifest = prepared.manifest
-    exact = Exact(Reader(manifest, prepared.shards), lanes, args.window or WINDOW)
-    exact, lowered = _capped(exact, args, place)
-    order = exact.order(args.seed)
-    if total > order.samples:
-        raise UserError(
-            f"the global batch of {total} is larger than a pass of {order.samples} samples: some "
-            "would stand in it twice; lower --batch-size"
-        )
-    first, *others = report(manifest)
-    lines = [
-        f"exact loader, {first}",
-        f"order: {lanes} lanes, windows of at most {exact.window_bytes(place.world) / 2**20:,.0f} "
-        f"MiB per rank ({exact.window} chunks a lane)",
-        *lowered,
-        *others,
-    ]
-    return Data(args.train_num_samples or order.samples, None, exact, tuple(lines))
-
-
-def _prepared(wanted: Wanted, place: Place) -> Prepared:
-    """Let rank 0 look at the shards and index them; the others take what it found."""
-    mine: list[Prepared] = []
-
-    def look() -> dict[str, Any]:
-        mine.append(prepare(wanted))
-        return told(mine[0])
-
-    found = first_alone(look, place)
-    return mine[0] if mine else take_over(wanted, found, look=place.local_rank == 0)
-
-
-def _capped(exact: Exact, args: TrainArgs, place: Place) -> tuple[Exact, list[str]]:
-    """Keep the windows within `--window-memory`, by a smaller one where the order is still free.
-
-    Raises:
-        UserError: the order is fixed, by `--window` or by what the run began with, or a window of
-            one chunk is too large.
-    """
-    most = args.window_memory * 2**30
-    fits = exact.within(most, place.world)
-    if fits is exact:
-        return exact, []
-    free = args.window is None
-    if fits is not None and free:
-        return fits, [
-            f"order: {_windows(exact, args, place)}: the window is lowered to {fits.window}; give "
-            f"--window {fits.window} to runs on another number of ranks that shall see this order"
-        ]
-    least = dataclasses.replace(exact, window=1) if free else exact
-    more = math.ceil(100 * least.window_bytes(place.world) / 2**30) / 100
-    ways = [f"use --window-memory {more:g}", "more ranks"]
-    if args.resume is None:
-        ways += ["fewer --lanes", *([f"--window {fits.window}"] if fits else [])]
-    raise UserError(
-        f"{_windows(least, args, place)}; {' or '.join([', '.join(ways[:-1]), ways[-1]])}"
-    )
-
-
-def _windows(exact: Exact, args: TrainArgs, place: Place) -> str:
-    need = exact.window_bytes(place.world) / 2**30
-    chunks = f"{exact.window} chunk" + ("s" if exact.window > 1 else "")
-    each = f"each of {place.world} ranks" if place.world > 1 else "the one rank"
-    return (
-        f"windows of {chunks} in {exact.lanes} lanes take {need:.2f} GiB on {each}, and "
-        f"--window-memory allows {args.window_memory:g}"
-    )
 
 
 def global_batch(args: TrainArgs, place: Place) -> int:

@@ -21,6 +21,7 @@ from lazyclip.base.errors import UserError
 from lazyclip.factory import Built, ModelInfo
 from lazyclip.weights import WEIGHT_FILE
 
+from .batchsize import near_pieces, near_ranks
 from .params import Parsed, TrainArgs, check_ranges
 from .sharded import Sharded
 from .state import STATE_FILE
@@ -139,6 +140,7 @@ def settings(parsed: Parsed, resumed: Resumed, world: int) -> TrainArgs:
     known = {field.name for field in dataclasses.fields(TrainArgs)}
     recorded = {k: v for k, v in resumed.state["args"].items() if k in known}
     recorded["filter"] = tuple(recorded["filter"])
+    recorded["precision"] = recorded.get("precision") or _precision(resumed)
     # What the run chose by itself, and what its order follows from.
     chosen = {name: int(resumed.state[name]) for name in ("lanes", "window")}
     before = {**dataclasses.asdict(TrainArgs()), **recorded, **chosen}
@@ -158,6 +160,15 @@ def settings(parsed: Parsed, resumed: Resumed, world: int) -> TrainArgs:
     )  # fmt: skip
     check_ranges(args)
     return args
+
+
+def _precision(resumed: Resumed) -> str | None:
+    """Return the precision of a run that left it to its device, as its record has it."""
+    try:
+        record = json.loads((resumed.folder / "record.json").read_text(encoding="utf-8"))
+        return record["precision"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def run_folder(parsed: Parsed) -> Path | None:
@@ -205,9 +216,12 @@ def _batch(parsed: Parsed, args: TrainArgs, total: int, world: int) -> int:
     pieces = f" x {args.accum_freq} pieces" if args.accum_freq > 1 else ""
     per_rank, rest = divmod(total, world * args.accum_freq)
     if rest:
+        accum = args.accum_freq
+        ways = [near_ranks(total, world, accum), near_pieces(total, world, accum)]
+        near = ", or ".join(way for way in ways if way)
+        near = near or f"{near_ranks(total, world, 1)} and --accum-freq 1"
         raise UserError(
-            f"the run's global batch of {total} cannot be shared by {ranks}{pieces}; use a number "
-            f"of ranks that divides {total // args.accum_freq}, or another --accum-freq"
+            f"the run's global batch of {total} cannot be shared by {ranks}{pieces}; use {near}"
         )
     asked = parsed.given.get("global_batch")
     if asked is not None and asked != total:

@@ -7,16 +7,19 @@ reading one back (`resume`).
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import logging
 import os
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lazyclip.base import checkpoint
 from lazyclip.base.config import write_json
@@ -24,9 +27,14 @@ from lazyclip.base.record import utc_now
 from lazyclip.export import save_model
 from lazyclip.factory import ModelInfo
 
+from .runlock import Hold
+
+log = logging.getLogger(__name__)
 STATE_FILE = "train_state.pt"
-# Beside the newest ones, every so many steps a checkpoint stays for good.
+# Beside the newest ones, the first checkpoint of each so many steps stays for good.
 KEPT_EVERY = 10_000
+# What a checkpoint holds beside its tensors: names, vocabulary, records.
+_MORE_BYTES = 1 << 20
 
 
 class HasState(Protocol):
@@ -86,6 +94,32 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _tensor_bytes(value: object) -> int:
+    """Count the bytes of all tensors in nested plain containers."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_tensor_bytes, value.values()))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def check_room(parent: Path, model: nn.Module, optimizer: HasState) -> None:
+    """Check that a checkpoint fits on the disk, before half of one is written.
+
+    What killed starts left unfinished is removed first: it would take up the room for ever.
+
+    Raises:
+        OSError: ENOSPC; the run can go on without this checkpoint.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.prune(parent, 0)
+    need = _tensor_bytes(model.state_dict()) + _tensor_bytes(optimizer.state_dict()) + _MORE_BYTES
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        why = f"it needs {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
+        raise OSError(errno.ENOSPC, why, str(parent))
+
+
 def save_checkpoint(
     run: Path,
     done: Progressed,
@@ -106,7 +140,8 @@ def save_checkpoint(
         optimizer: of the run, or its state in one piece.
         record: of the run.
         more: plain things that going on needs too.
-        keep: older checkpoints than so many newest go, now that this one is whole; 0 keeps all.
+        keep: older checkpoints than so many newest go, now that this one is whole, but for the
+            first of each `KEPT_EVERY` steps; 0 keeps all.
 
     Returns:
         The checkpoint's folder.
@@ -116,6 +151,7 @@ def save_checkpoint(
         NotWholeError: what was read back is not what was written.
     """
     folder = checkpoint_folder(run, done.step)
+    check_room(folder.parent, model, optimizer)
     with checkpoint.writing(folder) as part:
         save_model(model, info, part, {**record, **dataclasses.asdict(done), "saved": utc_now()})
         state = {
@@ -129,12 +165,21 @@ def save_checkpoint(
 
 
 def write_status(
-    run: Path, state: str, step: int, reason: str | None = None, retryable: bool = False
+    run: Path,
+    state: str,
+    step: int,
+    reason: str | None = None,
+    retryable: bool = False,
+    hold: Hold | None = None,
 ) -> None:
     """Write status.json: `running`, `preempted`, `finished` or `failed`, why, and at which step.
 
-    A run fails for one reason: what a second rank has to say of the same failure is left out.
+    A run fails for one reason: what a second rank has to say of the same failure is left out. So is
+    what is left of a run has to say where another start has its folder, which `hold` tells.
     """
+    if hold is not None and not hold.stands():
+        log.warning("%s is another start's: '%s' at step %d is not noted", run, state, step)
+        return
     if state == "failed" and _status(run).get("state") == "failed":
         return
     _put_status(run, state, step, reason, retryable)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lazyclip.base.errors import UserError
+from lazyclip.base.pictures import open_picture
 from lazyclip.base.resources import config_names
 
 from .overlays import MARGIN, PALE, Entry, Pixels, generated_colours, read_palette
@@ -40,7 +41,7 @@ def _ids(folder: Path) -> set[str]:
 def _open(folder: Path, name: str, what: str) -> Pixels:
     file = folder / f"{name}.{what}.png"
     try:
-        with Image.open(file) as opened:
+        with open_picture(file) as opened:
             return np.asarray(opened.convert("RGB"), dtype=np.uint8)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{file}: not readable as a picture ({error}); score it again") from None

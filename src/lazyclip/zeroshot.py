@@ -128,9 +128,14 @@ def read_classes(spec: str | Path) -> ClassList:
         shipped = config_root() / "classes" / f"{text}.txt"
         return class_list(shipped.read_text(encoding="utf-8").splitlines())
     if path.suffix in (".txt", ".json") or "/" in text:
-        known = path.stem in config_names("classes", ".txt")
-        hint = f"; the shipped list is named without its ending: {path.stem}" if known else ""
-        raise UserError(f"class file {spec} does not exist{hint}")
+        shipped_names = config_names("classes", ".txt")
+        hint = (
+            f"the shipped list is named without its ending: {path.stem}"
+            if path.stem in shipped_names
+            else 'give a file with one class a line, a comma list such as "cat, dog", or a shipped '
+            f"list: {', '.join(shipped_names)}"
+        )
+        raise UserError(f"class file {spec} does not exist; {hint}")
     return class_list(word.strip() for word in text.split(",") if word.strip())
 
 

@@ -51,27 +51,49 @@ class Chunk:
         return Sample(record.key, parts, self.shard.path, record.ordinal)
 
 
-class Buffers:
-    """Memory of chunks that are no longer held, used again: new pages cost more than reading."""
+# A chunk's memory is at most this much larger than the chunk, so that it fits others after it.
+SLACK = 1.125
 
-    def __init__(self, most: int = 32) -> None:
-        """Keep at most so many that are free."""
-        self._most, self._free = most, list[bytearray]()
-        self._lock = threading.Lock()
+
+class Buffers:
+    """Memory of chunks that are no longer held, used again: new pages cost more than reading.
+
+    What is free and what is in use are together never more than what was in use at once.
+    """
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._free: list[bytearray] = []
+        self._used = self._idle = self._peak = 0
+        # A chunk that goes away while this thread is inside gives its memory back at once.
+        self._lock = threading.RLock()
+
+    @property
+    def held(self) -> int:
+        """Bytes in use and free."""
+        return self._used + self._idle
 
     def take(self, length: int) -> bytearray:
         """Return memory for `length` bytes at least; what is in it is of no meaning."""
         with self._lock:
-            fits = [i for i, buffer in enumerate(self._free) if length <= len(buffer) <= 2 * length]
+            fits = [i for i, b in enumerate(self._free) if length <= len(b) <= SLACK * length]
             if fits:
-                return self._free.pop(fits[-1])
-        return bytearray(length + length // 8)
+                buffer = self._free.pop(fits[-1])
+                self._idle -= len(buffer)
+                self._used += len(buffer)
+            else:
+                size = length + length // 16
+                self._used += size
+            self._peak = max(self._peak, self._used)
+            while self._free and self._used + self._idle > self._peak:
+                self._idle -= len(self._free.pop(0))
+        return buffer if fits else bytearray(size)
 
     def give(self, buffer: bytearray) -> None:
         """Take memory back."""
         with self._lock:
-            if len(self._free) == self._most:
-                self._free.pop(0)
+            self._used -= len(buffer)
+            self._idle += len(buffer)
             self._free.append(buffer)
 
 
@@ -139,14 +161,25 @@ class Shared:
         """Start with none."""
         self._reader, self._buffers = reader, Buffers()
         self._used: weakref.WeakValueDictionary[int, Chunk] = weakref.WeakValueDictionary()
+        self._coming: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that chunks take, or took and will take again."""
+        return self._buffers.held
 
     def get(self, number: int) -> Chunk:
         """Return a chunk, read now unless somebody holds it; called from several threads."""
         with self._lock:
-            chunk = self._used.get(number)
-        if chunk is None:
-            chunk = self._reader.read(number, self._buffers)
+            coming = self._coming.setdefault(number, threading.Lock())
+        # Threads that ask for one chunk at once wait for the first: it is never there twice.
+        with coming:
             with self._lock:
-                chunk = self._used.setdefault(number, chunk)
+                chunk = self._used.get(number)
+            if chunk is None:
+                chunk = self._reader.read(number, self._buffers)
+            with self._lock:
+                self._used[number] = chunk
+                self._coming.pop(number, None)
         return chunk

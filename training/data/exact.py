@@ -1,12 +1,16 @@
 """The exact loader: lanes' streams to batches, each sample once in a pass, any number of workers.
 
 A sample that cannot be decoded keeps its slot: another one of the same window stands in for it,
-one that is not in the same step of the lane, or, where there is none, the slot is masked. Reading
-errors end the run. Not here: the order (`order`), reading (`chunks`), transforms.
+one that is not in the same step of the lane, or, where there is none, the slot is masked. It is
+masked too in a step that holds slots of two passes: what could stand in may be there already, in
+another lane. Reading errors end the run. Not here: the order (`order`), reading (`chunks`), memory
+(`memory`), transforms.
 """
 
+import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import random
@@ -23,11 +27,14 @@ from .ahead import one_ahead
 from .batches import Loading, seeded
 from .children import settle
 from .chunks import Chunk, Reader, Shared
+from .memory import most_bytes
 from .order import LANES, WINDOW, Order, Slot, Window, check_lanes
 from .samples import Dropped, Pair, decode
 from .sources import Turn
 
 Decode = Callable[[Any, Turn], Pair | Dropped]
+# Places (chunk, sample of it) that a lane has in a step.
+Taken = Callable[[], set[tuple[int, int]]]
 # Threads of a process that read windows ahead; reading waits, it does not compute.
 READERS = 4
 
@@ -75,13 +82,15 @@ class Exact:
     """What the order of a run follows from.
 
     Fields: reader, with manifest and shards; lanes; window, chunks between which is drawn; decode,
-    sample and turn -> pair or why not.
+    sample and turn -> pair or why not. Workers, loader processes of a rank (0: in place), have no
+    say in the order; memory depends on them.
     """
 
     reader: Reader
     lanes: int = LANES
     window: int = WINDOW
     decode: Decode = decode
+    workers: int = 0
 
     def order(self, seed: int, serves: Iterable[int] = ()) -> Order:
         """Return the order of the samples; `serves` names the lanes that will be asked for."""
@@ -92,17 +101,10 @@ class Exact:
         )  # fmt: skip
 
     def window_bytes(self, world: int) -> int:
-        """Estimate the bytes of a rank's windows, those read ahead too."""
-        manifest = self.reader.manifest
-        total = int(manifest.ends.sum())
-        # Lanes that hold the same chunk share it: never more than all there is.
-        return min(total, int(self.window * self._chunk_bytes(world)))
-
-    def _chunk_bytes(self, world: int) -> float:
-        """Estimate the bytes that each further chunk of a window adds on a rank."""
-        manifest = self.reader.manifest
-        chunk = int(manifest.ends.sum()) / max(len(manifest.starts), 1)
-        return chunk * self.lanes / world * 2
+        """Return the most bytes that a rank's windows take, in all its processes."""
+        own = self.lanes // world
+        processes = min(max(self.workers, 1), own)
+        return most_bytes(self.reader.manifest, self.lanes, self.window, own, processes)
 
     def within(self, most: float, world: int) -> "Exact | None":
         """Lower the window, which changes the order, until a rank's windows take `most` bytes.
@@ -112,8 +114,9 @@ class Exact:
         """
         if self.window_bytes(world) <= most:
             return self
-        window = int(most // self._chunk_bytes(world))
-        return dataclasses.replace(self, window=window) if window else None
+        smaller = [dataclasses.replace(self, window=n) for n in range(1, self.window)]
+        fitting = bisect.bisect_right(smaller, most, key=lambda one: one.window_bytes(world))
+        return smaller[fitting - 1] if fitting else None
 
 
 @contextlib.contextmanager
@@ -167,32 +170,47 @@ class _Lane:
         self._k += 1
         return self._now, slot
 
-    def take(self, number: int) -> list[_Filled]:
-        """Return the lane's share of a step."""
-        slots = [self._next() for _ in range(number)]
-        busy = {(slot.chunk, slot.place) for _, slot in slots}
-        return [self._fill(opened, slot, busy) for opened, slot in slots]
+    def take(self, number: int, border: bool) -> list[_Filled]:
+        """Return the lane's share of a step; `border`: the step holds slots of two passes."""
+        first = self._k
 
-    def _fill(self, opened: _Opened, slot: Slot, busy: set[tuple[int, int]]) -> _Filled:
+        @functools.cache  # few steps ask
+        def taken() -> set[tuple[int, int]]:
+            slots = itertools.islice(self._worker.order.stream(self._lane, first), number)
+            return {(slot.chunk, slot.place) for slot in slots}
+
+        # One after another: a window is let go before the one after the next is read.
+        return [self._fill(*self._next(), None if border else taken) for _ in range(number)]
+
+    def _fill(self, opened: _Opened, slot: Slot, taken: Taken | None) -> _Filled:
         chunk = opened.chunks[slot.chunk]
         shard, ordinal = chunk.span.shard, chunk.ordinal(slot.place)
         name = f"{self._worker.seed} {slot.epoch} {chunk.shard.name} {ordinal} {slot.copy}"
         found = self._decode(opened, slot.chunk, slot.place, slot.epoch)
         if isinstance(found, Pair):
             return _Filled(self._augment(found, name), found.caption, shard, ordinal, None)
+        fault = Fault(chunk.shard.name, ordinal, found.reason, found.detail, None)
+        stand_in = self._stand_in(opened, slot, taken()) if taken is not None else None
+        if stand_in is None:
+            return _Filled(None, "", shard, ordinal, fault)
+        other, label = stand_in
+        fault = dataclasses.replace(fault, substitute=label)
+        return _Filled(self._augment(other, name), other.caption, shard, ordinal, fault)
+
+    def _stand_in(
+        self, opened: _Opened, slot: Slot, taken: set[tuple[int, int]]
+    ) -> tuple[Pair, str] | None:
+        """Find another sample for a slot, and its label; it is then one of those taken."""
         for place in _candidates(opened.window, slot):
-            if place in busy or place in opened.bad or self._worker.factors[place[0]] > 1:
+            if place in taken or place in opened.bad or self._worker.factors[place[0]] > 1:
                 continue  # another copy of what comes more than once may stand in this very batch
             other = self._decode(opened, *place, slot.epoch)
             if isinstance(other, Dropped):
                 continue
-            busy.add(place)  # or it could stand in for two slots of a step
-            stand_in = opened.chunks[place[0]]
-            label = f"{stand_in.shard.name}:{stand_in.ordinal(place[1])}"
-            fault = Fault(chunk.shard.name, ordinal, found.reason, found.detail, label)
-            return _Filled(self._augment(other, name), other.caption, shard, ordinal, fault)
-        fault = Fault(chunk.shard.name, ordinal, found.reason, found.detail, None)
-        return _Filled(None, "", shard, ordinal, fault)
+            taken.add(place)  # or it could stand in for two slots of a step
+            chunk = opened.chunks[place[0]]
+            return other, f"{chunk.shard.name}:{chunk.ordinal(place[1])}"
+        return None
 
     def _decode(self, opened: _Opened, number: int, index: int, epoch: int) -> Pair | Dropped:
         if (number, index) in opened.bad:
@@ -254,7 +272,8 @@ class _Worker:
         try:
             lanes = [_Lane(self, lane, self._start) for lane in self._lanes]
             for number in itertools.count():
-                filled = [slot for lane in lanes for slot in lane.take(self._share)]
+                border = self.order.at_border(self._start + number * self._share, self._share)
+                filled = [slot for lane in lanes for slot in lane.take(self._share, border)]
                 yield self._collate(number, filled)
         finally:
             self.pool.shutdown(wait=False, cancel_futures=True)

@@ -80,6 +80,15 @@ class Manifest:
         return np.repeat(self.factors, np.diff(self.first))
 
     @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Bytes of each chunk."""
+        starts = self.starts.astype(np.int64) * BLOCK
+        ends = np.append(starts[1:], 0)
+        filled = np.diff(self.first) > 0
+        ends[self.first[1:][filled] - 1] = self.ends[filled]
+        return ends - starts
+
+    @property
     def samples(self) -> int:
         """Samples of a pass, those of a shard with factor f counted f times."""
         return int((self.counts * self.chunk_factors).sum())

@@ -186,6 +186,12 @@ class Order:
         order = _draw(n, self.seed, epoch, lane, number)
         return Window(epoch, number, epoch * self.length(lane) + before, pieces, order)
 
+    def at_border(self, k: int, share: int) -> bool:
+        """Tell whether slots k..k+share-1 of all lanes together belong to more than one pass."""
+        shortest, rest = divmod(self.samples, self.lanes)
+        longest = shortest + (rest > 0)
+        return k // longest != (k + share - 1) // shortest
+
     def stream(self, lane: int, k: int = 0) -> Iterator[Slot]:
         """Yield a lane's slots from k on, without end."""
         while True:
@@ -225,6 +231,12 @@ def lanes_for(global_batch: int, world: int, most: int = LANES) -> int:
         )
     fitting = [lanes for lanes in _divisors(global_batch) if lanes % world == 0]
     return max((lanes for lanes in fitting if lanes <= most), default=fitting[0])
+
+
+def fewer_lanes(global_batch: int, world: int, lanes: int) -> list[int]:
+    """List the smaller numbers of lanes that batch and ranks allow too, largest first."""
+    fitting = [n for n in _divisors(global_batch) if n % world == 0 and n < lanes]
+    return fitting[::-1]
 
 
 def check_lanes(global_batch: int, lanes: int, world: int) -> None:

@@ -2,8 +2,8 @@
 
 JPEGs go through torchvision's decoder (libjpeg-turbo) and its uint8 resize; whatever else, or what
 it may take otherwise than Pillow (CMYK, a file cut short), goes through Pillow. The pixels differ
-from Pillow's with torchvision's float transform by one grey level at most in `tests/test_pixels.py`,
-by two (0.01 on average) in the textured pictures of `results/2026-11-27-loader-and-training`, which
+from Pillow's with torchvision's float transform by one grey level at most in `test_pixels.py`, by
+two (0.01 on average) in the textured pictures of `results/2026-11-27-loader-and-training`, which
 also says what it gains. Normalising is left to the device that trains. Not here: captions, and what
 becomes of a picture that cannot be decoded (`samples`).
 """
@@ -20,6 +20,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional
+
+from lazyclip.base.pictures import open_picture
 
 MOST_PIXELS = 25_000_000
 """A picture above this is refused by its header: a bomb more likely than a photograph."""
@@ -59,7 +61,7 @@ def decode_pixels(content: bytes) -> Tensor:
         with warnings.catch_warnings():
             # Pillow's remarks on metadata would come once for each picture, millions of times.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as opened:
+            with open_picture(io.BytesIO(content)) as opened:
                 check_size(*opened.size)
                 if _plain_jpeg(opened, content):
                     raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)

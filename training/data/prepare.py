@@ -8,8 +8,10 @@ import dataclasses
 import fcntl
 import hashlib
 import logging
+import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from .manifest import Manifest, build, default_file, load, save, verify
 from .survey import How
 
 log = logging.getLogger(__name__)
+# Seconds between looks for a manifest that another machine wrote, before it counts as not there.
+APPEARS = (0.1, 0.4, 1.0, 2.0, 4.0, 8.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +87,26 @@ def told(prepared: Prepared) -> dict[str, Any]:
     return {"file": str(prepared.file), "sha256": prepared.manifest.sha256, "shards": shards}
 
 
-def take_over(wanted: Wanted, found: Mapping[str, Any], look: bool) -> Prepared:
+def take_over(wanted: Wanted, found: Mapping[str, Any], first: bool) -> Prepared:
     """Take what rank 0 found; no shard is opened.
 
     Args:
         wanted: what rank 0 was asked for too.
         found: from `told`.
-        look: compare the shards' sizes with the manifest: one rank of a machine does.
+        first: of the ranks of a machine. It alone compares the shards' sizes with the manifest, and
+            indexes them where this machine has a disk of its own; the others come after it.
 
     Raises:
-        UserError: the manifest here is another one; or see `verify`.
+        UserError: the manifest here is another one, or not to be seen; or see `verify`.
     """
     file = Path(found["file"])
-    if not file.exists():
-        return prepare(wanted)  # this machine has a disk of its own
+    if not _appears(file):
+        if first:
+            return prepare(wanted)
+        raise UserError(
+            f"the manifest {file} is not to be seen on {platform.node()}, where another rank has "
+            "it; start again, or give --manifest FILE on a disk that all ranks see"
+        )
     manifest = load(file)
     if manifest.sha256 != found["sha256"]:
         raise UserError(
@@ -104,9 +114,25 @@ def take_over(wanted: Wanted, found: Mapping[str, Any], look: bool) -> Prepared:
             "the shards differ; copy them again"
         )
     shards = tuple(Located(n, Path(p), Path(o), factor) for n, p, o, factor in found["shards"])
-    if look:
+    if first:
         verify(manifest, shards)
     return Prepared(manifest, shards, file)
+
+
+def _appears(file: Path) -> bool:
+    """Wait for a file that another machine has just written; a network disk may show it late."""
+    for wait in (*APPEARS, None):
+        # Listing a folder makes the system ask the server for it again; so does it for one that is
+        # not there itself.
+        for folder in file.parents:
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+                break
+        if file.exists():
+            return True
+        if wait is not None:
+            time.sleep(wait)
+    return False
 
 
 def _base(

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from lazyclip.base.pictures import open_picture
 from lazyclip.shards import Sample, ShardError, image_part
 
 from .pixels import check_size
@@ -60,13 +61,13 @@ def decode_picture(content: bytes) -> Image.Image:
     """Decode a picture to RGB.
 
     Raises:
-        ValueError: it cannot be decoded, with Pillow's reason.
+        ValueError: it cannot be decoded, or is of no format of `FORMATS`; with Pillow's reason.
     """
     try:
         with warnings.catch_warnings():
             # Pillow's remarks on metadata would come once for each picture, millions of times.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as opened:
+            with open_picture(io.BytesIO(content)) as opened:
                 check_size(*opened.size)
                 return opened.convert("RGB")
     except Exception as error:

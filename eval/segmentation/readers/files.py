@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from lazyclip.base.errors import UserError
+from lazyclip.base.pictures import FILE_FORMATS, open_picture
 
 from .labels import Labels
 
@@ -110,7 +111,7 @@ def _orientation(opened: Image.Image) -> int:
 def _open(file: Path, coarse: bool = False) -> Image.Image:
     """Decode a picture; `coarse` lets a JPEG come out smaller, for a check of its data alone."""
     try:
-        with Image.open(file) as opened:
+        with open_picture(file, FILE_FORMATS) as opened:
             if coarse:
                 opened.draft("L", (1, 1))
             opened.load()
@@ -129,7 +130,7 @@ def picture_size(file: Path) -> tuple[int, int, int]:
         UserError: no such file, no picture, or one cut short.
     """
     try:
-        with Image.open(file) as head:
+        with open_picture(file, FILE_FORMATS) as head:
             width, height = head.size
     except BROKEN:
         pass  # the next line says so

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,21 +141,39 @@ def newest_whole(parent: Path) -> Path | None:
     return None
 
 
+def first_of_spans(steps: Iterable[int], every: int) -> set[int]:
+    """Choose the steps that stay for good: of each `every` steps the first, from `every` on.
+
+    Saves by the clock or on request seldom fall on round numbers. The choice follows from the steps
+    alone, and removing others does not change it.
+
+    Args:
+        steps: that are there.
+        every: length of a span; the first is left out, being a run's beginning.
+    """
+    found: dict[int, int] = {}
+    for step in sorted(steps):
+        found.setdefault(step // every, step)
+    return {step for span, step in found.items() if span}
+
+
 def prune(parent: Path, keep: int, every: int | None = None, spare: Sequence[Path] = ()) -> None:
     """Remove old steps, and parts of steps that were never finished.
 
     Args:
         parent: folder of the steps.
         keep: how many of the newest stay; 0 keeps all.
-        every: steps divisible by it stay too.
+        every: the first of each so many steps stays too; see `first_of_spans`.
         spare: folders that stay in any case.
     """
     for part in parent.glob(f"{STEP}*{PART}"):
         shutil.rmtree(part, ignore_errors=True)
     if keep <= 0:
         return
-    for step, folder in list_steps(parent)[:-keep]:
-        if folder in spare or (every and step % every == 0):
+    there = list_steps(parent)
+    for_good = first_of_spans((step for step, _ in there), every) if every else set()
+    for step, folder in there[:-keep]:
+        if folder in spare or step in for_good:
             continue
         # Out of sight first: a removal cut short must not leave a step that looks whole.
         doomed = folder.with_name(folder.name + PART)

@@ -38,7 +38,11 @@ def config_file(kind: str, name: str, suffix: str, what: str = "") -> Path:
     if name.endswith(suffix):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"{what or kind} file {name} does not exist")
+            names = ", ".join(config_names(kind, suffix))
+            raise UserError(
+                f"{what or kind} file {name} does not exist; give the path of one, or a shipped "
+                f"name: {names}"
+            )
         return path
     path = config_root() / kind / f"{name}{suffix}"
     if not path.is_file() or "/" in name:
