@@ -25,6 +25,7 @@ if ((${#srun_more[@]})); then
 fi
 child=     # process of the work that runs in the background
 asked=     # the signal by which this job was asked to end
+passed=    # whether the work has got it
 pass_on=   # what the work gets for USR1
 tasks=()   # of a table
 index=     # of the task in it
@@ -109,12 +110,20 @@ take_signals() {
 on_request() {
   asked=USR1
   echo "USR1: the time limit is near"
-  if [[ -n $child ]]; then kill -s "$pass_on" "$child" 2>/dev/null || true; fi
+  pass_signal
+}
+
+pass_signal() {
+  [[ -n $child ]] || return 0
+  passed=1
+  kill -s "$pass_on" "$child" 2>/dev/null || true
 }
 
 # Wait for the work; bash comes back early from each trap. Returns the work's exit code.
 wait_for_child() {
   local code=0
+  # The signal may have come after the work was started and before its number was known.
+  if [[ $asked == USR1 && -z $passed ]]; then pass_signal; fi
   while :; do
     code=0
     wait "$child" || code=$?
@@ -214,7 +223,12 @@ train_task() {
     wait_for_child || exit $?
     exit 0
   fi
-  has_flag --resume "$@" || words+=(--resume latest)
+  if ! has_flag --resume "$@"; then
+    words+=(--resume latest)
+  elif ((${SLURM_RESTART_COUNT:-0})) && compgen -G "$logs/$name/checkpoints/step_*/manifest.json" >/dev/null; then
+    # This job has begun before: going back to the same named checkpoint each time would never end.
+    words+=(--resume latest)
+  fi
   decide begin "$logs" "$name" -- "${words[@]}"
   [[ $verdict != refused ]] || die "$name: $why"
   echo "$name: $verdict: $why"

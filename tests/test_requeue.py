@@ -137,8 +137,8 @@ def test_flags_of_a_finished_run_are_not_looked_at(tmp_path):
 
 
 def hold(logs: Path, silent: float = 0.0, **owner: object) -> None:
-    """Let another machine's job hold the run."""
-    about = {**vars(Owner.here()), "machine": "far", "host": "n7", "job": "5", **owner}
+    """Let another job's living process hold the run."""
+    about = {**vars(Owner.here()), "host": "n7", "job": "5", **owner}
     file = logs / NAME / FILE
     file.write_text(json.dumps(about) + "\n")
     os.utime(file, (time.time() - silent,) * 2)
@@ -171,7 +171,9 @@ def test_a_start_that_met_another_jobs_run_is_over_and_not_counted(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "lock", [{"job": "17"}, {"silent": QUIET_SECONDS + 5}], ids=["own job", "silent"]
+    "lock",
+    [{"job": "17"}, {"silent": QUIET_SECONDS + 5, "machine": "far"}],
+    ids=["own job", "silent"],
 )
 def test_a_lock_of_the_same_job_or_without_a_beat_keeps_nobody_out(tmp_path, monkeypatch, lock):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -179,6 +181,17 @@ def test_a_lock_of_the_same_job_or_without_a_beat_keeps_nobody_out(tmp_path, mon
     hold(tmp_path, **lock)
     assert word(begin(tmp_path, NAME)) == "start"
     assert word(end(tmp_path, NAME, 1)) == "requeue"
+
+
+def test_what_another_machine_holds_is_left_to_the_trainer_at_first(tmp_path, monkeypatch):
+    """It may have been killed a moment ago; a trainer that was refused there is over."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    say(tmp_path, "running", 3)
+    hold(tmp_path, machine="far")
+    assert word(begin(tmp_path, NAME)) == "start"
+    assert starts(tmp_path) == 1
+    assert word(end(tmp_path, NAME, 1)) == "refused"
+    assert starts(tmp_path) == 0
 
 
 # --- how often ------------------------------------------------------------------------------------

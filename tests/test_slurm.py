@@ -142,6 +142,27 @@ def test_plain_srun_starts_a_task_for_each_gpu_and_names_the_meeting(checkout: P
     assert {"MASTER_ADDR=10.0.0.1", "MASTER_PORT=20017"} <= set(env)
 
 
+def test_a_named_checkpoint_counts_for_the_first_start_only(checkout: Path) -> None:
+    """Else each start would go back to it, and new checkpoints would look like progress."""
+    leave(checkout, "finished")
+    words = ["--name", "a", "--logs", "logs", "--resume", "logs/a/checkpoints/step_00000004"]
+
+    def resumed(restarts: str) -> list[str]:
+        done = run("train.sbatch", words, checkout, SLURM_RESTART_COUNT=restarts)
+        assert done.returncode == 0, done.stderr
+        sent = started(checkout)
+        (checkout / "logs" / "a" / "status.json").unlink()
+        return [sent[at + 1] for at, word in enumerate(sent) if word == "--resume"]
+
+    assert resumed("0") == words[-1:]
+    assert resumed("1") == words[-1:]  # nothing was saved in this folder
+    saved = checkout / "logs" / "a" / "checkpoints" / "step_00000007"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").touch()
+    assert resumed("0") == words[-1:]
+    assert resumed("1")[-1] == "latest"
+
+
 @pytest.mark.parametrize(
     ("state", "more", "code", "back"),
     [

@@ -95,7 +95,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     (folder.parent / "step_00000013.part").mkdir()
     free = size - 250_000
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**60, 0, free))
     with pytest.raises(OSError, match=r"it needs [1-9] MB and [0-9] MB are free") as caught:
         saved(tmp_path, 24)
     assert caught.value.errno == errno.ENOSPC
@@ -110,7 +110,7 @@ def test_the_moments_count_in_what_a_checkpoint_needs(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     weights = sum(v.numel() * v.element_size() for v in built.model.state_dict().values())
     free = weights + 2**20
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**60, 0, free))
     check_room(tmp_path, built.model, optimiser)
     for parameter in built.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -119,6 +119,8 @@ def test_the_moments_count_in_what_a_checkpoint_needs(tmp_path, monkeypatch):
         check_room(tmp_path, built.model, optimiser)
     free += 2 * weights + 10_000
     check_room(tmp_path, built.model, optimiser)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 0))
+    check_room(tmp_path, built.model, optimiser)  # a disk that knows no sizes
 
 
 def test_a_save_that_does_not_fit_is_left_out_in_one_line_and_the_run_goes_on(
@@ -129,7 +131,7 @@ def test_a_save_that_does_not_fit_is_left_out_in_one_line_and_the_run_goes_on(
 
     def disk_usage(path):
         calls.append(path)
-        return usage(0, 0, 1000) if len(calls) == 2 else plain(path)
+        return usage(2**60, 0, 1000) if len(calls) == 2 else plain(path)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     ran = train(tmp_path, train_data=world(), model=TINY, save_every=1, keep=0)

@@ -119,3 +119,22 @@ def test_what_the_first_of_a_machine_meets_ends_all_ranks(tmp_path, monkeypatch)
         with pytest.raises(UserError, match="is another one on"):
             _prepared(wanted, Place(local + 2, 4, local, torch.device("cpu")))
     assert [mistake is None for _, _, mistake in sent] == [False, True]
+
+
+def test_other_shards_on_another_machines_disk_end_all_ranks(tmp_path, monkeypatch):
+    """Each machine finds shards of its own where the flags point, and one lacks a shard."""
+    caption_shards(tmp_path / "a", shards=3, per_shard=5)
+    caption_shards(tmp_path / "b", shards=2, per_shard=5)
+    there = tmp_path / "s"
+    there.symlink_to(tmp_path / "a")
+    wanted = Wanted(str(there), tmp_path)
+    found = told(prepare(wanted))
+    there.unlink()
+    there.symlink_to(tmp_path / "b")
+    monkeypatch.setattr("training.data.prepare.APPEARS", ())
+    monkeypatch.setattr("training.indexed.first_alone", lambda work, place: found)
+    sent = []
+    monkeypatch.setattr("training.indexed.gathered", lambda mine, _: sent.append(mine) or sent)
+    for local in (0, 1):
+        with pytest.raises(UserError, match=r"the shards on .* differ .* \(10 samples\)"):
+            _prepared(wanted, Place(local + 2, 4, local, torch.device("cpu")))

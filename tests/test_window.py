@@ -5,9 +5,11 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lazyclip.base.errors import UserError
 from tests.toy_faults import flags, kill_in_step, run
 from tests.toy_run import TINY, Ran, train, world
 from training.audit import read_audit
@@ -15,6 +17,9 @@ from training.data.chunks import Reader
 from training.data.exact import Exact
 from training.data.prepare import Wanted, prepare
 from training.data.survey import How
+from training.distributed import Place
+from training.indexed import _capped
+from training.params import TrainArgs
 from training.resume import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -147,6 +152,23 @@ def test_a_window_that_is_fixed_and_does_not_fit_is_refused(tmp_path, exact):
     assert "--window 4 differs from the 8 that step_" in other.err
     assert go(tmp_path, window=8, lanes=2, resume="latest").code == 0
     assert first.code == 0
+
+
+@pytest.mark.parametrize("share", [0.8, 0.7])
+def test_a_run_that_has_begun_may_exceed_the_memory_by_a_third(exact, share):
+    place = Place(0, 1, 0, torch.device("cpu"))
+    exact = dataclasses.replace(exact, lanes=2, window=8)
+    most = share * exact.window_bytes(1) / 2**30
+    args = TrainArgs(window=8, lanes=2, window_memory=most, resume="latest")
+    if share > 0.75:
+        kept, (line,) = _capped(exact, args, place, 4, begun=True)
+        assert kept == exact
+        assert "use --window-memory 0.01, more ranks or" in line
+    else:
+        with pytest.raises(UserError, match="more ranks or fewer"):
+            _capped(exact, args, place, 4, begun=True)
+    with pytest.raises(UserError, match="more ranks or fewer"):
+        _capped(exact, args, place, 4, begun=False)
 
 
 @pytest.mark.slow

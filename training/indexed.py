@@ -23,13 +23,16 @@ from .distributed import Place, first_alone, gathered
 from .params import TrainArgs
 
 
-def exact_data(args: TrainArgs, place: Place, total: int) -> tuple[Exact, int, list[str]]:
+def exact_data(
+    args: TrainArgs, place: Place, total: int, begun: bool = False
+) -> tuple[Exact, int, list[str]]:
     """Find, index and check the shards.
 
     Args:
         args: of the run.
         place: of this rank.
         total: the global batch.
+        begun: the order is that of a checkpoint, and so is the cap on its windows.
 
     Returns:
         How they are read, the samples of a pass, and lines about it for the banner.
@@ -47,7 +50,7 @@ def exact_data(args: TrainArgs, place: Place, total: int) -> tuple[Exact, int, l
     exact = Exact(
         Reader(manifest, prepared.shards), lanes, args.window or WINDOW, workers=args.workers
     )
-    exact, lowered = _capped(exact, args, place, total)
+    exact, lowered = _capped(exact, args, place, total, begun)
     order = exact.order(args.seed)
     if total > order.samples:
         raise UserError(
@@ -81,13 +84,19 @@ def _prepared(wanted: Wanted, place: Place) -> Prepared:
     if place.world == 1 or place.planned:
         return mine[0]
     own = mistake = None
+    here = platform.node()
     if place.local_rank == 0 and not mine:
         try:
             mine.append(take_over(wanted, found, first=True))
             own = told(mine[0]) if str(mine[0].file) != found["file"] else None
+            if mine[0].manifest.sha256 != found["sha256"]:
+                mistake = (
+                    f"the shards on {here} differ from those on rank 0's machine "
+                    f"({mine[0].manifest.samples:,} samples); copy them again, and remove "
+                    f"{mine[0].file}"
+                )
         except UserError as error:
             mistake = str(error)
-    here = platform.node()
     known = gathered((here, own, mistake), place)
     for _, _, wrong in known:
         if wrong is not None:
@@ -98,8 +107,13 @@ def _prepared(wanted: Wanted, place: Place) -> Prepared:
     return take_over(wanted, own or found, first=False)
 
 
-def _capped(exact: Exact, args: TrainArgs, place: Place, total: int) -> tuple[Exact, list[str]]:
+def _capped(
+    exact: Exact, args: TrainArgs, place: Place, total: int, begun: bool
+) -> tuple[Exact, list[str]]:
     """Keep the windows within `--window-memory`, by smaller or fewer ones where that is still free.
+
+    A run that has begun may exceed it by a third, which is said: more loader processes, say, are no
+    reason not to go on.
 
     Raises:
         UserError: the order is fixed, by `--lanes` or `--window` or by what the run began with, or
@@ -133,9 +147,10 @@ def _capped(exact: Exact, args: TrainArgs, place: Place, total: int) -> tuple[Ex
         ]
     if args.workers > 1:
         ways.append("fewer --workers")
-    raise UserError(
-        f"{_windows(least, args, place)}; {' or '.join([', '.join(ways[:-1]), ways[-1]])}"
-    )
+    text = f"{_windows(least, args, place)}; {' or '.join([', '.join(ways[:-1]), ways[-1]])}"
+    if begun and exact.window_bytes(place.world) <= most * 4 / 3:
+        return exact, [f"order: {text}"]
+    raise UserError(text)
 
 
 def _in_fewer_lanes(exact: Exact, most: float, place: Place, total: int) -> Exact | None:

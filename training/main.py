@@ -222,7 +222,7 @@ def prepare_job(parsed: Parsed, argv: Sequence[str] | None, place: Place) -> Job
     if args.threads:
         torch.set_num_threads(args.threads)
     val = check_val(args)
-    data = check_data(args, place)
+    data = check_data(args, place, resumed is not None and "window_memory" not in parsed.given)
     if resumed is not None and data.exact is not None:
         check_manifest(resumed, data.exact.reader.manifest.sha256)
     plan = make_plan(args, data.samples, place)

@@ -30,6 +30,19 @@ def _started(pid: int) -> str:
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
 
+def _hidden(pid: int) -> bool:
+    """Tell whether a process is another user's that the system shows to nobody else."""
+    if _read(f"/proc/{pid}/stat"):
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _machine() -> str:
     """Name the space in which process numbers mean something: this start of the machine, and the
     container."""
@@ -93,7 +106,7 @@ class Owner:
             silent: seconds since the lock was touched last.
         """
         if self.machine == asking.machine and self.started:
-            return _started(self.pid) == self.started
+            return _started(self.pid) == self.started or _hidden(self.pid)
         if self.job and self.job == asking.job and self.restarts < asking.restarts:
             # SLURM ends all of a job before it starts it again: this is what that end left.
             return False

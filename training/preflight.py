@@ -118,8 +118,11 @@ def default_name(args: TrainArgs) -> str:
     return f"{Path(args.model).name or 'model'}-{stamp}"
 
 
-def check_data(args: TrainArgs, place: Place) -> Data:
-    """Find and check the training shards; the exact loader's are indexed where they were not."""
+def check_data(args: TrainArgs, place: Place, begun: bool = False) -> Data:
+    """Find and check the training shards; the exact loader's are indexed where they were not.
+
+    `begun`: see `exact_data`.
+    """
     if not args.train_data:
         if args.dry_run and args.train_num_samples:
             return Data(args.train_num_samples, None, None, ("no --train-data: not looked at",))
@@ -130,7 +133,7 @@ def check_data(args: TrainArgs, place: Place) -> Data:
                 why = "has no passes" if flag == "dataset_resampled" else "streams"
                 name = flag.replace("_", "-")
                 raise UserError(f"--{name} {why}; add --loader sequential")
-        exact, samples, lines = exact_data(args, place, global_batch(args, place))
+        exact, samples, lines = exact_data(args, place, global_batch(args, place), begun)
         return Data(args.train_num_samples or samples, None, exact, tuple(lines))
     for flag in ("lanes", "window", "manifest", "filter", "audit", "resume"):
         if getattr(args, flag):

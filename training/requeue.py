@@ -72,10 +72,14 @@ def _given_up(count: int, checkpoint: str | None, logs: Path, name: str) -> Answ
     )
 
 
-def _held(run: Path) -> str | None:
+def _held(run: Path, near_only: bool = False) -> str | None:
     """Phrase by whom a run is trained at this moment; None where by nobody but this job.
 
     A lock that was silent for two beats counts as nobody's: the trainer waits and sees.
+
+    Args:
+        run: its folder.
+        near_only: leave what another machine holds to the trainer: it may be dead since a moment.
     """
     lock = run / LOCK
     try:
@@ -85,10 +89,15 @@ def _held(run: Path) -> str | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job and _read(lock).get("job") == job:
         return None
-    # Late, as it takes torch along.
-    from .runlock import QUIET_SECONDS, living
+    # Late, as they take torch along.
+    from .owner import Owner
+    from .runlock import QUIET_SECONDS, living, near
 
-    return living(run) if silent <= QUIET_SECONDS else None
+    if silent > QUIET_SECONDS:
+        return None
+    if near_only and not near(Owner.of(lock.read_text(encoding="utf-8")), Owner.here()):
+        return None
+    return living(run)
 
 
 def _mistake(flags: Sequence[str]) -> str | None:
@@ -126,7 +135,7 @@ def begin(logs: Path, name: str, most: int = STARTS, flags: Sequence[str] | None
     status, checkpoint = _read(logs / name / "status.json"), newest(logs / name)
     if status.get("state") == "finished":
         return Answer("finished", f"at step {status.get('step')}, nothing to do")
-    held = _held(logs / name)
+    held = _held(logs / name, near_only=True)
     if held is not None:
         return Answer("refused", held)
     before = _read(starts_file(logs, name))

@@ -33,7 +33,7 @@ from .owner import STALE_SECONDS, Owner, lives
 log = logging.getLogger(__name__)
 FILE = "run.lock"
 BEAT_SECONDS = 30.0
-# Two beats missed: perhaps dead, and worth waiting for.
+# Two beats missed: perhaps dead.
 QUIET_SECONDS = 2 * BEAT_SECONDS
 # Between looks at a lock that is waited for.
 LOOK_SECONDS = 10.0
@@ -125,8 +125,8 @@ class RunLock:
 
         Args:
             folder: of the run.
-            wait: where a run on another machine was silent for two beats, wait until it counts as
-                dead, or is heard again.
+            wait: where a run on another machine holds it, wait until that run is heard, or counts
+                as dead: it may have been killed a moment ago.
 
         Raises:
             UserError: a living run holds it.
@@ -134,14 +134,16 @@ class RunLock:
         if self.held:
             return
         file = folder / FILE
-        said = -1
+        said, before = -1, math.inf
         while True:
             try:
                 self._acquire(file)
                 break
             except _InUse as use:
-                if not wait or use.silent <= QUIET_SECONDS or _near(use.owner, self._me):
+                heard = before < math.inf and use.silent < before
+                if not wait or heard or near(use.owner, self._me):
                     raise UserError(_refusal(folder, use.owner, use.silent, self._me)) from None
+                before = use.silent
                 said = _tell_waiting(folder, use, said)
                 self._sleep(LOOK_SECONDS)
             except OSError as error:
@@ -297,7 +299,8 @@ def _claim(file: Path, text: str) -> Path:
     return file.with_name(f"{FILE}.dead-{digest[:16]}")
 
 
-def _near(owner: Owner | None, me: Owner) -> bool:
+def near(owner: Owner | None, me: Owner) -> bool:
+    """Tell whether an owner is of this machine, where its process can be looked for."""
     return owner is not None and owner.machine == me.machine and bool(owner.started)
 
 
@@ -308,7 +311,8 @@ def _tell_waiting(folder: Path, use: _InUse, said: int) -> int:
         return said
     who = f"process {use.owner.pid} on {use.owner.host}" if use.owner else "another start"
     log.info(
-        "%s is held by %s, silent for %.0f s: waits, %d min at most, until that run counts as dead",
+        "%s is held by %s, silent for %.0f s: waits, %d min at most, until that run is heard or "
+        "counts as dead",
         folder, who, use.silent, minutes,
     )  # fmt: skip
     return minutes

@@ -114,8 +114,8 @@ def check_room(parent: Path, model: nn.Module, optimizer: HasState) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     checkpoint.prune(parent, 0)
     need = _tensor_bytes(model.state_dict()) + _tensor_bytes(optimizer.state_dict()) + _MORE_BYTES
-    free = shutil.disk_usage(parent).free
-    if need > free:
+    total, _, free = shutil.disk_usage(parent)
+    if total and need > free:  # some disks know no sizes at all
         why = f"it needs {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
         raise OSError(errno.ENOSPC, why, str(parent))
 

@@ -365,9 +365,18 @@ def steps(exact: Exact, loading: Loading, start: int = 0) -> Iterator[Step]:
     # A thread begins on the first GPU, whatever the trainer uses; a number below 0 changes nothing.
     gpu = torch.cuda.current_device() if loading.pin else -1
 
+    def part() -> Step:
+        try:
+            return next(parts)
+        except (EOFError, ConnectionError) as error:
+            # What it gave away was not yet fetched when it ended.
+            raise RuntimeError(
+                "a loader process exited unexpectedly; where memory ran out, use fewer --workers"
+            ) from error
+
     def joined() -> Iterator[Step]:
         while True:
-            step = _joined([next(parts) for _ in range(workers)])
+            step = _joined([part() for _ in range(workers)])
             yield step.pin_memory() if loading.pin else step
 
     yield from one_ahead(joined(), lambda: torch.cuda.set_device(gpu))
