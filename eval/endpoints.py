@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lazyclip.base.checkpoint import newest_whole
 from lazyclip.base.errors import UserError
-from lazyclip.factory import HUB, Built, build
+from lazyclip.factory import HUB, Built, ModelInfo, build
 from lazyclip.pooling import PoolSpec
-from lazyclip.weights import CONFIG_FILE, trained_pooling
+from lazyclip.weights import CONFIG_FILE, clean_tag, trained_pooling
 
 from .mixing import check_pair, mix
 
@@ -82,13 +82,38 @@ def find_tuned(text: str) -> Path:
     )
 
 
-def _recorded_name(folder: Path) -> str | None:
-    """Read the model name that a saved model's record tells, None where it tells none."""
+def _recorded(folder: Path) -> dict[str, Any]:
+    """Read what a saved model's record tells of the model it began as, empty if nothing."""
     try:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        return str(record["model"]["name"])
+        return dict(record["model"])
     except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def other_start(tuned: Path, start: ModelInfo) -> str | None:
+    """Say what a tuned model began with where its record shows that it was not this start.
+
+    Args:
+        tuned: folder of the tuned model.
+        start: of the model that is given as its start.
+
+    Returns:
+        What it began with; None where that is this start, or nothing shows it.
+    """
+    began = _recorded(tuned)
+    if "weights_sha256" not in began or str(began.get("name")).startswith(HUB):
         return None
+    digest, weights = began["weights_sha256"], began.get("pretrained")
+    if digest is None:
+        return None if weights else "random weights"
+    if start.weights_sha256 in (None, digest):
+        return None
+    given = start.pretrained
+    # One tag may lie in the cache in two formats.
+    if weights and given and "/" not in weights and clean_tag(weights) == clean_tag(given):
+        return None
+    return f"{weights or began.get('name')} ({digest[:12]})"
 
 
 def split_start(text: str, tuned: Path) -> tuple[str, str | None]:
@@ -108,7 +133,7 @@ def split_start(text: str, tuned: Path) -> tuple[str, str | None]:
     if not place.is_file() and "/" in text:
         name, _, tag = text.rpartition("/")
         return name, tag
-    name_of = _recorded_name(tuned)
+    name_of = _recorded(tuned).get("name")
     if name_of is None or "/" in name_of:
         raise UserError(
             f"--start {text} names no model, and {tuned} records none; write MODEL/TAG, such as "
@@ -152,6 +177,12 @@ def load_endpoints(start: str, tuned: str, device: str, last: dict[str, Any] | N
         raise UserError(f"--start {start} has no weights; write MODEL/TAG or a saved folder")
     hashes = [str(one.info.weights_sha256 or text) for one, text in ((before, start),
                                                                     (after, tuned))]  # fmt: skip
+    began = other_start(folder, before.info)
+    if began is not None:
+        log.warning(
+            "--tuned %s records that it began with %s, not with the weights of --start %s: these "
+            "need not mix; give what it began with", tuned, began, start,
+        )  # fmt: skip
     log.info("start %s, tuned %s: %d tensors", start, folder, len(states[1]))
     return Endpoints(
         built=after,

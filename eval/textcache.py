@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lazyclip.base.checkpoint import with_usual_mode
 from lazyclip.base.errors import UserError
 from lazyclip.base.logs import Progress
 from lazyclip.factory import Built
@@ -64,7 +65,8 @@ def _write(file: Path, features: Tensor) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({TENSOR: features.cpu().contiguous()}, part)
+        with with_usual_mode(part):
+            safetensors.torch.save_file({TENSOR: features.cpu().contiguous()}, part)
         part.replace(file)
     except OSError as error:
         log.warning("text features are not kept, %s cannot be written (%s)", file, error)

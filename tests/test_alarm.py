@@ -183,7 +183,10 @@ def test_the_first_fall_beyond_the_limit_ends_the_run_with_its_checkpoint(tmp_pa
     ran = run(tmp_path, max_top1_drop=limit, save_every=99)
     assert ran.code == 2
     assert ran.err.splitlines()[-1].startswith("error: zero-shot top-1 fell by ")
-    assert "--max-top1-drop" in ran.err.splitlines()[-1]
+    remedy = ran.err.splitlines()[-1].split("its checkpoint is kept; ")[1]
+    anew, on = remedy.split(", or go on with ")
+    assert all(flag in anew for flag in ("--lr", "--pretrained", "/step_N", "--model", "--name"))
+    assert on == "--resume latest and a higher --max-top1-drop"
     status = json.loads((ran.folder / "status.json").read_text())
     assert (status["state"], status["retryable"], status["step"]) == ("failed", False, at)
     assert "zero-shot top-1 fell by" in status["reason"]

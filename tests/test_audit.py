@@ -76,6 +76,8 @@ def test_files_that_prove_nothing_are_refused(tmp_path, capsys):
     good = write(tmp_path / "good", {1: ["a:0"]})
     assert main([str(good), str(tmp_path)]) == 2
     assert "does not exist; train with --audit" in capsys.readouterr().err
+    assert main([str(good), str(tmp_path / "nosuch")]) == 2
+    assert f"there is no run {tmp_path / 'nosuch'}; " in capsys.readouterr().err
     twice = write(tmp_path / "twice", {1: ["a:0"]})
     (twice / FILE).write_text((twice / FILE).read_text() * 2)
     assert main([str(good), str(twice)]) == 2

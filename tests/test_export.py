@@ -1,6 +1,7 @@
 """A saved model is what open_clip reads, bit for bit; without lazyclip it is never read wrongly."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -151,3 +152,19 @@ def test_without_lazyclip_weights_fit_the_plain_tower_and_the_config_is_refused(
     assert done.stdout.strip() == "refused"
     plain = lazyclip.detach(built.model).encode_image(pixels()).detach()
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_what_is_saved_may_be_read_by_whom_the_umask_lets(tmp_path, umask):
+    built = factory.build(f"LaSt-{NATIVE}", random_weights_seed=4)
+    (tmp_path / f"{weights.WEIGHT_FILE}.part").write_text("of a killed run")
+    (tmp_path / f"{weights.WEIGHT_FILE}.part").chmod(0o600)
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            save_model(built.model, built.info, tmp_path, {"by": "a test"})
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
+    wanted = (weights.WEIGHT_FILE, weights.CONFIG_FILE, "record.json")
+    assert modes == dict.fromkeys(wanted, 0o666 & ~umask)

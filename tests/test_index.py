@@ -71,6 +71,27 @@ def test_strictly_a_shard_that_is_not_whole_is_refused(data):
     assert "1 shards are not whole, first 00002.tar (empty file" in done.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_strictly_an_index_that_is_there_is_refused_too(tmp_path, data, named):
+    (data / "00002.tar").write_bytes(b"")
+    words = [data, *(["--manifest", tmp_path / "m.npz"] if named else [])]
+    assert index(*words).code == 0
+    done = index(*words, "--strict")
+    assert done.code == 2
+    assert done.out == ""
+    assert "1 shards are not whole, first 00002.tar (empty file);" in done.err.splitlines()[-1]
+
+
+def test_strictly_a_missing_shard_is_refused_by_the_pattern_as_it_stands(data):
+    short, long = f"{data}/{{00000..00002}}.tar", f"{data}/{{00000..00003}}.tar"
+    assert index(short).code == 0
+    done = index(long, "--strict")
+    assert done.code == 2
+    assert f"first {data}/00003.tar (missing); fetch the shard" in done.err.splitlines()[-1]
+    assert index(long, "--rebuild").code == 0
+    assert index(short, "--strict").code == 0
+
+
 def test_the_file_may_be_named_and_filters_make_one_of_their_own(tmp_path, data):
     file = tmp_path / "elsewhere" / "m.npz"
     done = index(data, "--manifest", file, "--filter", "class_index>=1")

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from eval import interpolate, interpolated, zeroshot_cls, zeroshot_seg
 from eval.curve import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, draw
-from eval.endpoints import find_tuned, split_start
+from eval.endpoints import find_tuned, other_start, split_start
 from eval.mixing import check_pair, mix, parse_alphas
 from eval.runs import CLASSIFICATION, SEGMENTATION, collect
 from lazyclip.base.errors import UserError
 from lazyclip.export import save_model
 from lazyclip.factory import build
+from lazyclip.weights import file_sha256
 from tests.toy import caption_shards
 from tests.toy_models import NATIVE, make
 from tests.toy_voc import make_protocol, make_voc
@@ -356,6 +357,44 @@ def test_models_of_other_shape_or_activation_are_refused_by_name(world, tmp_path
     argv[1] = str(lacking)
     assert "visual.ln_post.bias" in refused(capsys, argv)
     assert not (tmp_path / "out").exists()
+
+
+def began(pair: Path, **of: str | None) -> None:
+    """Let a tuned model's record say what it began with."""
+    about = {"model": {"name": LAST, "pretrained": None, "weights_sha256": None, **of}}
+    (pair / "record.json").write_text(json.dumps(about))
+
+
+def test_a_start_that_the_run_did_not_begin_with_is_warned_of_in_one_line(tmp_path, caplog):
+    start, other = save(tmp_path / "start", NATIVE, 0), save(tmp_path / "other", NATIVE, 2)
+    tuned = save(tmp_path / "tuned", LAST, 1)
+    digest = file_sha256(start / WEIGHTS)
+
+    def said(given: Path) -> list[str]:
+        caplog.clear()
+        interpolate.load_endpoints(str(given), str(tuned), "cpu", None)
+        return [r.getMessage() for r in caplog.records if "began with" in r.getMessage()]
+
+    assert said(start) == []  # nothing is recorded
+    began(tuned, pretrained=".../somewhere/start", weights_sha256=digest)
+    assert said(start) == []
+    (line,) = said(other)
+    assert f"began with .../somewhere/start ({digest[:12]}), not with" in line
+    assert str(other) in line
+    assert "\n" not in line
+    began(tuned)
+    assert "began with random weights" in said(start)[0]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "other"),
+    [("openai", "openai", None), ("laion400m", "laion400m-e32", None),
+     ("openai", "metaclip_400m", "openai (aaaa)"), ("a/w.pt", "a/w.pt", "a/w.pt (aaaa)")],
+)  # fmt: skip
+def test_the_same_tag_of_another_file_is_the_same_start(tmp_path, recorded, given, other):
+    info = dataclasses.replace(build(LAST).info, pretrained=given, weights_sha256="bbbb")
+    began(tmp_path, pretrained=recorded, weights_sha256="aaaa")
+    assert other_start(tmp_path, info) == other
 
 
 def test_a_start_of_another_size_has_its_positions_resized_as_the_fine_tune_did(tmp_path):

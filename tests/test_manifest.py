@@ -378,14 +378,36 @@ def test_a_gzipped_shard_that_is_cut_gives_what_could_be_unpacked(tmp_path):
     assert "truncated" in kinds(done.manifest)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_gets_its_manifest_elsewhere(tmp_path):
-    pattern = caption_shards(tmp_path / "s", shards=1, per_shard=3)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_read_only_folder_is_not_written(tmp_path, indexed):
+    shard = write_shard(tmp_path / "s" / "0.tar.gz", [PAIR] * 3)
+    if indexed:
+        prepared(shard.parent, tmp_path)
+        shutil.rmtree(shard.parent / "unpacked")
+    before = sorted(shard.parent.iterdir())
+    shard.parent.chmod(0o555)
+    try:
+        done = prepared(shard.parent, tmp_path)
+    finally:
+        shard.parent.chmod(0o755)
+    assert sorted(shard.parent.iterdir()) == before
+    assert done.file.parent == (shard.parent if indexed else tmp_path / "fallback")
+    assert done.shards[0].path.parent == tmp_path / "fallback" / "unpacked"
+
+
+def test_filters_over_an_index_in_a_read_only_folder_are_kept_elsewhere(tmp_path):
+    pattern = caption_shards(tmp_path / "s", shards=1, per_shard=6)
+    prepared(pattern, tmp_path)
+    before = sorted((tmp_path / "s").iterdir())
     (tmp_path / "s").chmod(0o555)
     try:
-        assert prepared(pattern, tmp_path).file.parent == tmp_path / "fallback"
+        done = prepared(pattern, tmp_path, filters=("class_index>=1",))
+        again = prepared(pattern, tmp_path, filters=("class_index>=1",))
     finally:
         (tmp_path / "s").chmod(0o755)
+    assert sorted((tmp_path / "s").iterdir()) == before
+    assert done.file.parent == tmp_path / "fallback"
+    assert again.manifest.sha256 == done.manifest.sha256
 
 
 def test_a_folder_that_cannot_be_written_gets_its_manifest_elsewhere(tmp_path, monkeypatch):

@@ -134,6 +134,20 @@ def test_a_dry_run_counts_what_is_trained_and_names_what_flags_overrode(tmp_path
     assert "recipe: r.yaml; overridden by flags: --epochs, --lr" in ran.out
 
 
+def test_shards_that_are_not_whole_are_a_warning_and_gaps_are_not(tmp_path):
+    caption_shards(tmp_path / "d", shards=5, per_shard=8, classes=CLASSES)
+    cut = tmp_path / "d" / "00001.tar"
+    cut.write_bytes(cut.read_bytes()[:9000])
+    (tmp_path / "d" / "00002.tar").write_bytes(b"")
+    (tmp_path / "d" / "00003.tar").unlink()
+    ran = train(tmp_path, train_data=tmp_path / "d", model=TINY)
+    assert ran.code == 0, ran.err
+    told = [line.split(" | ")[1:] for line in ran.err.splitlines() if " | data: " in line]
+    levels = {text.split(": ")[1]: level for level, text in told}
+    assert levels["truncated"] == levels["empty file"] == "WARNING"
+    assert levels["gap"] == "INFO"
+
+
 def test_resampling_is_said(tmp_path):
     ran = train(tmp_path, train_data=world(), dry_run=True, dataset_resampled=True, workers=9,
                 loader="sequential")  # fmt: skip

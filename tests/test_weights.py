@@ -288,3 +288,18 @@ def test_names_and_bases():
     assert weights.base_name("ViT-B-16") == "ViT-B-16"
     assert weights.is_last_name("LaSt-x")
     assert not weights.is_last_name("Last-x")
+
+
+@pytest.mark.parametrize(
+    ("door", "name"),
+    [(open_clip.create_model, LAST), (factory.build, LAST), (factory.build, NATIVE)],
+)
+@pytest.mark.parametrize("path", ["logs/gone", "./gone", "gone.safetensors", "gone.pt"])
+def test_a_path_that_does_not_exist_is_said_to_be_one_without_tags(
+    tmp_path, monkeypatch, door, name, path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--pretrained {path} does not exist, neither") as caught:
+        door(name, pretrained=path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not {"unknown", "nearest:", "known:"} & set(str(caught.value).split())

@@ -140,8 +140,10 @@ class Alarm:
             log.warning("%s; more than %s points", text, points(limit))
         if self.most is not None:
             self.fallen = (
-                f"{text}; more than --max-top1-drop {self.most:g}; its checkpoint is kept; lower "
-                "--lr, or go on with --resume latest and a higher --max-top1-drop"
+                f"{text}; more than --max-top1-drop {self.most:g}; its checkpoint is kept; start "
+                "anew from an older checkpoint with a lower --lr (--pretrained "
+                ".../checkpoints/step_N --model MODEL --name NEW), or go on with --resume latest "
+                "and a higher --max-top1-drop"
             )
 
     def refuse_fall(self) -> None:

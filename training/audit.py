@@ -69,8 +69,11 @@ def read_audit(run: Path) -> dict[int, dict[str, Any]]:
         run: LOGS/NAME, or the file itself.
 
     Raises:
-        UserError: no such file, a step that stands twice, or ids that do not fit their digest.
+        UserError: no such run or file, a step that stands twice, or ids that do not fit their
+            digest.
     """
+    if not run.exists():
+        raise UserError(f"there is no run {run}; give LOGS/NAME of a run trained with --audit")
     file = run if run.is_file() else run / FILE
     if not file.is_file():
         raise UserError(f"{file} does not exist; train with --audit")

@@ -38,6 +38,7 @@ from .preflight import (
     check_val,
     default_name,
     describe,
+    level_of,
     make_plan,
 )
 from .resume import (
@@ -89,7 +90,7 @@ def open_run(job: Job, lock: RunLock) -> tuple[Path, dict[str, Any], Hold]:
     first_alone(make, place)
     hold = share(folder, place, lock)
     for line in job.banner:
-        log.info("%s", line)
+        log.log(level_of(line, place), "%s", line)
     if job.resumed is not None:
         log.info("resumed from %s", job.resumed.folder.name)
     elif args.resume is not None:

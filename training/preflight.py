@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import importlib.util
 import itertools
+import logging
 import math
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from lazyclip.zeroshot import ClassList, read_classes, templates
 
 from .data.exact import Exact
 from .data.sources import LOOK_AT, Source, open_source
+from .data.survey import NOT_WHOLE
 from .distributed import Place
 from .indexed import exact_data
 from .optim import default_warmup
@@ -294,6 +296,15 @@ def _data_lines(data: Data, plan: Plan) -> list[str]:
         passes = f"{plan.samples / data.exact.reader.manifest.samples:.2f} passes"
     first = f"data: {plan.samples_per_epoch:,} samples in an epoch, {passes}; {data.lines[0]}"
     return [first, *(f"data: {line}" for line in data.lines[1:])]
+
+
+def level_of(line: str, place: Place) -> int:
+    """Return the level at which a line of the banner is logged: damaged shards are a warning.
+
+    Every rank has the banner, and one that is not the first shows warnings: it is told once.
+    """
+    broken = line.startswith(tuple(f"data: {kind}: " for kind in NOT_WHOLE))
+    return logging.WARNING if broken and place.first else logging.INFO
 
 
 def _plan_line(args: TrainArgs, plan: Plan, place: Place) -> str:

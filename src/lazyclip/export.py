@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lazyclip import bridge
+from lazyclip.base.checkpoint import with_usual_mode
 from lazyclip.base.config import write_json
 from lazyclip.factory import ModelInfo, model_config
 from lazyclip.weights import CONFIG_FILE, METADATA_KEY, WEIGHT_FILE
@@ -44,7 +45,8 @@ def save_model(
     # Tensors that share memory are refused by the format: each gets its own.
     state = {key: value.clone() if _shared(value, state) else value for key, value in state.items()}
     part = folder / (WEIGHT_FILE + ".part")
-    save_file(state, str(part), metadata={"format": "pt", METADATA_KEY: json.dumps(config)})
+    with with_usual_mode(part):
+        save_file(state, str(part), metadata={"format": "pt", METADATA_KEY: json.dumps(config)})
     part.replace(folder / WEIGHT_FILE)
     write_json(folder / CONFIG_FILE, config)
     if record is not None:

@@ -38,6 +38,7 @@ FOLDER_FILES = (
     WEIGHT_FILE, "open_clip_pytorch_model.safetensors", "model.safetensors",
     "open_clip_pytorch_model.bin", "model.pt",
 )  # fmt: skip
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # What people type for the two MetaCLIP releases; facebookresearch/MetaCLIP#79 asks for the names.
 ALIASES = {
     "metaclip": "metaclip_fullcc",
@@ -113,6 +114,11 @@ def tag_activation(name: str, tag: str) -> str:
 
 def unknown_weights(name: str, pretrained: str) -> UserError:
     """Make the error for something that is neither a tag, nor a file, nor a folder."""
+    if "/" in pretrained or Path(pretrained).suffix in _SUFFIXES:
+        return UserError(
+            f"--pretrained {pretrained} does not exist, neither as a file nor as a folder; give a "
+            f"weight file, a saved model's or a run's folder, or a tag of {name}"
+        )
     known = open_clip.list_pretrained_tags_by_model(name)
     return unknown(
         f"--pretrained of {name}", pretrained, known,

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from lazyclip.base.errors import UserError
 
 from .locate import Located
-from .survey import REMEDIES, Finding, How, Survey, stem_of, survey_all
+from .survey import NOT_WHOLE, REMEDIES, Finding, How, Survey, stem_of, survey_all
 from .tar import BLOCK
 
 FORMAT = "lazyclip manifest 1"
@@ -208,14 +209,8 @@ def build(
             f"{len(unread)} shards cannot be read, first {unread[0].shard} ({unread[0].detail}); "
             f"{REMEDIES['cannot be read']}"
         )
-    not_whole = ("missing", "empty file", "truncated", "damaged")
-    broken = [finding for finding in manifest.findings if finding.kind in not_whole]
-    if strict and broken:
-        first = broken[0]
-        raise UserError(
-            f"{len(broken)} shards are not whole, first {first.shard} ({first.kind}: "
-            f"{first.detail}); {REMEDIES[first.kind]}"
-        )
+    if strict:
+        refuse_broken(manifest.findings)
     if manifest.samples == 0:
         seen = suffix_line(manifest) or "no members at all"
         kinds = ", ".join(sorted({finding.kind for finding in manifest.findings}))
@@ -224,6 +219,18 @@ def build(
             f"seen: {seen}; a sample is KEY.jpg and KEY.txt side by side in a tar"
         )
     return manifest
+
+
+def refuse_broken(findings: Sequence[Finding]) -> None:
+    """Refuse shards that are missing or not whole; raises `UserError` with the first of them."""
+    broken = [f for f in findings if f.kind == "missing" or f.kind in NOT_WHOLE]
+    if broken:
+        first = broken[0]
+        why = f"{first.kind}: {first.detail}" if first.detail else first.kind
+        raise UserError(
+            f"{len(broken)} shards are not whole, first {first.shard} ({why}); "
+            f"{REMEDIES[first.kind]}"
+        )
 
 
 def save(manifest: Manifest, file: Path) -> None:
@@ -326,7 +333,16 @@ def default_file(shards: Sequence[Located], chunk: int, fallback: Path) -> Path:
     told = json.dumps([chunk, [(shard.name, shard.factor) for shard in shards]])
     name = f"manifest-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npz"
     beside = shards[0].origin.parent / name
-    return beside if beside.exists() or os.access(beside.parent, os.W_OK) else fallback / name
+    return beside if beside.exists() or writable(beside.parent) else fallback / name
+
+
+def writable(folder: Path) -> bool:
+    """Tell whether a folder may be written; without any write bit it is read-only to root too."""
+    try:
+        bits = stat.S_IMODE(folder.stat().st_mode) & 0o222
+    except OSError:
+        return False
+    return bool(bits) and os.access(folder, os.W_OK)
 
 
 def suffix_line(manifest: Manifest) -> str:

@@ -20,8 +20,17 @@ from lazyclip.base.errors import UserError
 
 from . import filters as conditions
 from .locate import Located, find, unpacked
-from .manifest import Manifest, build, default_file, load, save, verify
-from .survey import How
+from .manifest import (
+    Manifest,
+    build,
+    default_file,
+    load,
+    refuse_broken,
+    save,
+    verify,
+    writable,
+)
+from .survey import Finding, How
 
 log = logging.getLogger(__name__)
 # Seconds between looks for a manifest that another machine wrote, before it counts as not there.
@@ -67,7 +76,7 @@ def prepare(wanted: Wanted) -> Prepared:
     given = tuple(conditions.read_filter(text) for text in wanted.filters)
     shards, missing = find(wanted.pattern, wanted.factors)
     file = wanted.file or default_file(shards, wanted.how.chunk, wanted.fallback)
-    plain = tuple(unpacked(shards, file.parent / "unpacked"))
+    plain = tuple(unpacked(shards, _copies_folder(wanted, file)))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         manifest = _base(wanted, plain, missing, file)
@@ -79,6 +88,14 @@ def prepare(wanted: Wanted) -> Prepared:
             f"the manifest {file} cannot be written ({error.strerror or error}); give --manifest "
             "FILE in a folder that can be"
         ) from None
+
+
+def _copies_folder(wanted: Wanted, file: Path) -> Path:
+    """Return where gzipped shards are unpacked: beside the manifest, unless that is read-only."""
+    beside = file.parent / "unpacked"
+    # An index that lies in a read-only folder is used there; new files go elsewhere.
+    stays = wanted.file is not None or not file.exists() or beside.exists()
+    return beside if stays or writable(file.parent) else wanted.fallback / "unpacked"
 
 
 def told(prepared: Prepared) -> dict[str, Any]:
@@ -153,6 +170,10 @@ def _base(
                 f"{file} has chunks of {manifest.chunk}, asked for are {wanted.how.chunk}; name "
                 "another file"
             )
+        if wanted.strict:
+            # The pattern may name other missing files than it did when the manifest was built.
+            absent = [Finding("missing", str(path)) for path in missing]
+            refuse_broken([*absent, *(f for f in manifest.findings if f.kind != "missing")])
         return manifest
     raise UserError(f"the manifest {file} went away while it was built; start again")
 
@@ -185,12 +206,17 @@ def _filtered(
     given: tuple[conditions.Filter, ...], file: Path,
 ) -> Prepared:  # fmt: skip
     mark = hashlib.sha256("\n".join(sorted(one.text for one in given)).encode()).hexdigest()[:8]
-    kept = file.with_name(f"{file.stem}.filter-{mark}{file.suffix}")
-    if kept.exists():
+    beside = file.with_name(f"{file.stem}.filter-{mark}{file.suffix}")
+    stays = wanted.file is not None or writable(file.parent)
+    elsewhere = beside if stays else wanted.fallback / beside.name
+    for kept in dict.fromkeys((beside, elsewhere)):
+        if not kept.exists():
+            continue
         manifest = load(kept)
         if dataclasses.replace(manifest, keep=base.keep, filters=()).sha256 == base.sha256:
             return Prepared(manifest, shards, kept)
         log.info("%s is of another manifest; the filters are applied again", kept)
     manifest = conditions.filtered(base, shards, given, wanted.how.processes)
-    save(manifest, kept)
-    return Prepared(manifest, shards, kept)
+    elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    save(manifest, elsewhere)
+    return Prepared(manifest, shards, elsewhere)

@@ -65,6 +65,9 @@ REMEDIES = {
     "parquet not checked": "pip install pyarrow to compare the parquet files too",
 }
 
+# Kinds of findings by which samples are lost that the shard should hold.
+NOT_WHOLE = ("empty file", "truncated", "damaged")
+
 
 @dataclasses.dataclass(frozen=True)
 class Survey:

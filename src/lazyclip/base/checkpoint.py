@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,25 @@ def force_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def with_usual_mode(file: Path) -> Iterator[None]:
+    """Let a file that is written inside have the mode of any new one, 0o666 less the umask.
+
+    Safetensors writes files that only their owner may read.
+
+    Args:
+        file: replaced when it is there.
+    """
+    file.unlink(missing_ok=True)
+    # Asked of a file made beside: reading the umask means changing it, for all threads.
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    yield
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        with contextlib.suppress(PermissionError):  # some mounts know no modes
+            file.chmod(mode)
 
 
 def _files(folder: Path) -> list[Path]:
