@@ -1,7 +1,9 @@
 """What all tests share: one thread, no network, a short hypothesis profile, the real data."""
 
+import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,3 +51,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set LAZYCLIP_SHARED_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Give a function that imports a script of benchmarks/ as running it would."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+
+    def by_name(name: str):
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return by_name

@@ -1,35 +1,17 @@
 """The benchmarks' helpers: shards as LAION's, a process counted with its children, ratios."""
 
-import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 
 from training.data.prepare import Wanted, prepare
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 BURN = "import time\nwhile time.process_time() < 0.3: pass\n"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Give a function that imports a script of benchmarks/ as running it would."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-    def by_name(name: str):
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return by_name
 
 
 def test_the_shards_have_the_layout_of_laion(load, tmp_path):

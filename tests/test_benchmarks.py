@@ -1,30 +1,9 @@
 """The benchmark's rendition of the released procedure, and the timing by alternating rounds."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from lazyclip.pooling import last_pool
-
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Give a function that imports a script of benchmarks/ as running it would."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-    def by_name(name: str):
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return by_name
 
 
 @pytest.mark.parametrize("k", [1, 8, 25, 49])
