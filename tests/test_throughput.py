@@ -8,14 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.test_benchmarks import load  # noqa: F401  a fixture
-
 NAMES = ("timing", "kept", "throughput_steps", "throughput_parts", "laion_shards",
          "throughput_loader", "bench_throughput")  # fmt: skip
 
 
 @pytest.fixture
-def bench(load):  # noqa: F811
+def bench(load):
     """Give all scripts of the benchmark by name."""
     return SimpleNamespace(**{name: load(name) for name in NAMES})
 
