@@ -83,7 +83,7 @@ def _held(run: Path, near_only: bool = False) -> str | None:
     """
     lock = run / LOCK
     try:
-        silent = time.time() - lock.stat().st_mtime
+        silent, text = time.time() - lock.stat().st_mtime, lock.read_text(encoding="utf-8")
     except OSError:
         return None
     job = os.environ.get("SLURM_JOB_ID")
@@ -95,7 +95,7 @@ def _held(run: Path, near_only: bool = False) -> str | None:
 
     if silent > QUIET_SECONDS:
         return None
-    if near_only and not near(Owner.of(lock.read_text(encoding="utf-8")), Owner.here()):
+    if near_only and not near(Owner.of(text), Owner.here()):
         return None
     return living(run)
 
